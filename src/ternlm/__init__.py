@@ -1,0 +1,3 @@
+"""ternlm: train, measure and ship ternary language models."""
+
+__version__ = "0.1.0"

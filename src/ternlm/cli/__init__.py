@@ -1,0 +1,75 @@
+"""The command line: one file per verb, each importing what it needs only when it runs."""
+
+import os
+import sys
+
+import typer
+
+import ternlm
+from ternlm.cli import (
+    chat,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    plan,
+    recipes,
+    resume,
+    tokenizer,
+    train,
+)
+from ternlm.errors import TernlmError
+
+app = typer.Typer(
+    name="ternlm",
+    help="Train, measure and ship ternary language models.",
+    epilog="New here? Run: ternlm demo (a few minutes, downloads nothing)",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: bool = typer.Option(False, "--version", "-V", is_eager=True, help="Print the version and exit."),
+) -> None:
+    if version:
+        typer.echo(f"ternlm {ternlm.__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run a command; an expected error becomes one sentence on stderr and its exit code."""
+    try:
+        app()
+    except TernlmError as error:
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("Interrupted.", err=True)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+_START, _MODEL, _DATA, _MACHINE = "Start", "Use a model", "Data", "This machine"
+
+app.command("demo", rich_help_panel=_START)(demo.demo)
+app.command("train", rich_help_panel=_START)(train.train)
+app.command("resume", rich_help_panel=_START)(resume.resume)
+app.command("plan", rich_help_panel=_START)(plan.plan)
+app.command("recipes", rich_help_panel=_START)(recipes.recipes)
+app.command("presets", hidden=True)(recipes.recipes)
+app.command("evaluate", rich_help_panel=_MODEL)(evaluate.evaluate)
+app.command("eval", hidden=True)(evaluate.evaluate)
+app.command("generate", rich_help_panel=_MODEL)(generate.generate)
+app.command("chat", rich_help_panel=_MODEL)(chat.chat)
+app.command("inspect", rich_help_panel=_MODEL)(inspect.inspect)
+app.add_typer(data.app, name="data", rich_help_panel=_DATA)
+app.add_typer(tokenizer.app, name="tokenizer", rich_help_panel=_DATA)
+app.command("doctor", rich_help_panel=_MACHINE)(doctor.doctor)

@@ -1,0 +1,105 @@
+"""`ternlm chat`: continue text interactively."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ternlm.cli.options import Checkpoint, Device, RunsDir
+from ternlm.errors import SettingsError
+
+if TYPE_CHECKING:
+    from ternlm.checkpoint import Loaded
+
+HELP = "/temp X  /topk N  /topp X  /seed N  /tokens N  /reset  /settings  /help  /quit"
+
+_COMMANDS = {
+    "/temp": "temperature", "/topk": "top_k", "/topp": "top_p", "/seed": "seed", "/tokens": "max_new_tokens",
+}  # fmt: skip
+
+
+def chat(
+    checkpoint: Checkpoint,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens per answer.")] = 200,
+    device: Device = "auto",
+    runs_dir: RunsDir = None,
+) -> None:
+    """Type text and read how the model continues it; what was said stays in context.
+
+    Commands: /temp X, /topk N, /topp X, /seed N, /tokens N, /reset, /settings, /help, /quit.
+    """
+    from ternlm import checkpoint as checkpoints
+    from ternlm.device import choose_device, set_up
+    from ternlm.run_directory import runs_root
+
+    target = choose_device(device)
+    set_up(target)
+    loaded = checkpoints.load(checkpoints.resolve(checkpoint, runs_root(runs_dir)), target)
+    typer.echo(f"{loaded.path}\n{HELP}")
+    session = Session(loaded, max_new_tokens)
+    while True:
+        try:
+            line = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            typer.echo()
+            return
+        if line.strip() in ("/quit", "/exit"):
+            return
+        try:
+            session.handle(line)
+        except SettingsError as error:
+            typer.echo(str(error))
+        except KeyboardInterrupt:  # stops the answer, not the conversation
+            typer.echo()
+
+
+class Session:
+    """The text so far and the sampling settings in force."""
+
+    def __init__(self, loaded: "Loaded", max_new_tokens: int) -> None:
+        from ternlm.generation import SamplingSettings
+
+        self.loaded = loaded
+        self.settings = SamplingSettings.from_mapping({"max_new_tokens": max_new_tokens})
+        self.ids: list[int] = []
+
+    def handle(self, line: str) -> None:
+        """A command, or text to continue.
+
+        Raises:
+            SettingsError: The command is unknown or its value is refused.
+        """
+        word, _, value = line.strip().partition(" ")
+        if word == "/reset":
+            self.ids = []
+            typer.echo("context cleared")
+        elif word == "/help":
+            typer.echo(HELP)
+        elif word == "/settings":
+            typer.echo(str(self.settings))
+        elif word in _COMMANDS:
+            self._change(_COMMANDS[word], value)
+        elif word.startswith("/"):
+            raise SettingsError(f"unknown command '{word}'. {HELP}")
+        else:
+            self._continue(line)
+
+    def _change(self, name: str, value: str) -> None:
+        from ternlm.generation import SamplingSettings
+
+        changed: dict[str, Any] = self.settings.model_dump() | {name: value.strip()}
+        self.settings = SamplingSettings.from_mapping(changed)
+        typer.echo(f"{name} = {getattr(self.settings, name)}")
+
+    def _continue(self, line: str) -> None:
+        from ternlm.generation import stream
+        from ternlm.generation.decode import encode_prompt
+
+        model, tokenizer = self.loaded.model, self.loaded.tokenizer
+        self.ids += tokenizer.encode(line) if self.ids else encode_prompt(tokenizer, line)
+        if not self.ids:
+            return
+        decoder = tokenizer.stream(self.ids)
+        for token in stream(model, tokenizer, self.ids, self.settings):
+            self.ids.append(token)
+            typer.echo(decoder.feed(token), nl=False)
+        typer.echo(decoder.finish())

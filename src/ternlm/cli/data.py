@@ -1,0 +1,118 @@
+"""`ternlm data`: prepare a corpus, count it, and list what there is."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ternlm.cli.options import Json, prepare_with_bar, print_json
+
+if TYPE_CHECKING:
+    from ternlm.data.preparation import Prepared
+
+app = typer.Typer(help="Prepare, count and list corpora.", no_args_is_help=True)
+
+Source = Annotated[
+    str,
+    typer.Argument(help="Corpus name, file, folder, glob, or hf:owner/name[:config].", show_default=False),
+]
+TokenizerName = Annotated[str, typer.Option("--tokenizer", help="byte, train, a path, or a hub name.")]
+VocabSize = Annotated[int, typer.Option(help="Ids of a trained tokenizer.")]
+Length = Annotated[int, typer.Option(help="Tokens per sequence, to count sequences.")]
+Column = Annotated[str, typer.Option(help="Column of Parquet and JSONL files that holds the text.")]
+Tokens = Annotated[str | None, typer.Option("--tokens", help="Stop the training split here, e.g. 2B.")]
+Documents = Annotated[str | None, typer.Option("--max-documents", "--max-samples", help="Read at most so many.")]
+Encoding = Annotated[str, typer.Option("--encoding-errors", help="strict or replace, for bytes that are not UTF-8.")]
+
+
+@app.command()
+def prepare(
+    source: Source,
+    tokenizer: TokenizerName = "byte",
+    vocab_size: VocabSize = 4096,
+    sequence_length: Length = 256,
+    tokens: Tokens = None,
+    max_documents: Documents = None,
+    text_column: Column = "text",
+    encoding_errors: Encoding = "strict",
+) -> None:
+    """Tokenize a corpus once into memory-mapped shards; stopped half-way, it goes on from there.
+
+    Training does this by itself when needed.
+    """
+    given = {
+        "source": source, "text_column": text_column, "encoding_errors": encoding_errors,
+        "sequence_length": sequence_length, "max_tokens": tokens, "max_documents": max_documents,
+    }  # fmt: skip
+    prepared = _prepare(given, tokenizer, vocab_size)
+    _print(prepared, sequence_length, as_json=False)
+    typer.echo(f"next: ternlm train bitnet-1m --data {source} --tokenizer {tokenizer}")
+
+
+@app.command()
+def stats(
+    source: Source,
+    tokenizer: TokenizerName = "byte",
+    vocab_size: VocabSize = 4096,
+    sequence_length: Length = 256,
+    tokens: Tokens = None,
+    max_documents: Documents = None,
+    text_column: Column = "text",
+    encoding_errors: Encoding = "strict",
+    as_json: Json = False,
+) -> None:
+    """Count documents, bytes, tokens and sequences of each split, preparing the corpus if needed."""
+    given = {
+        "source": source, "text_column": text_column, "encoding_errors": encoding_errors,
+        "sequence_length": sequence_length, "max_tokens": tokens, "max_documents": max_documents,
+    }  # fmt: skip
+    _print(_prepare(given, tokenizer, vocab_size), sequence_length, as_json)
+
+
+@app.command("list")
+def list_corpora(as_json: Json = False) -> None:
+    """List the corpora known by name."""
+    from ternlm.data import CORPORA
+
+    if as_json:
+        print_json({name: entry.description for name, entry in CORPORA.items()})
+        return
+    width = max(map(len, CORPORA))
+    for name, entry in CORPORA.items():
+        typer.echo(f"{name:<{width}}  {entry.description} ({entry.license}; {entry.size})")
+    typer.echo("\nAlso: a file, a folder, a glob of .txt .md .jsonl .parquet, or hf:owner/name[:config].")
+
+
+def _prepare(given: dict[str, Any], tokenizer: str, vocab_size: int) -> "Prepared":
+    from ternlm.data import DataSettings
+    from ternlm.tokenizers import TokenizerSettings
+
+    settings = DataSettings.from_mapping(given, "data")
+    named = TokenizerSettings.from_mapping({"name": tokenizer, "vocab_size": vocab_size}, "tokenizer")
+    return prepare_with_bar(settings, named)
+
+
+def _print(prepared: "Prepared", sequence_length: int, as_json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ternlm.data import statistics
+
+    counted = statistics(prepared.corpus, sequence_length)
+    if as_json:
+        print_json(counted)
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for name in counted:
+        table.add_column(name, justify="right")
+    for key in next(iter(counted.values())):
+        values = [split[key] for split in counted.values()]
+        table.add_row(key.replace("_", " "), *map(_cell, values))
+    typer.echo(f"{prepared.corpus.directory}  (tokenizer {prepared.tokenizer.name})")
+    Console(highlight=False).print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, str):
+        return value[:12]
+    return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"

@@ -1,0 +1,137 @@
+"""What several verbs share: options, and the way from recipe, files and flags to settings."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ternlm.errors import SettingsError
+
+if TYPE_CHECKING:
+    from ternlm.data.preparation import Prepared
+    from ternlm.data.settings import DataSettings
+    from ternlm.settings.resolve import Resolved
+    from ternlm.tokenizers import TokenizerSettings
+
+RunsDir = Annotated[str | None, typer.Option("--runs-dir", help="Where runs live. [default: $TERNLM_RUNS_DIR or runs]")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any other setting.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Checkpoint = Annotated[
+    str,
+    typer.Argument(help="A checkpoint folder, or a run: path, name, latest, RUN@best, RUN@500.", show_default=False),
+]
+
+_LIMITS = ("max_steps", "max_tokens", "max_epochs")
+
+
+def flag_values(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags that were given, by dotted setting; one limit on the length of a run replaces the others."""
+    values = {name: value for name, value in flags.items() if value is not None}
+    if any(f"training.{limit}" in values for limit in _LIMITS):
+        values = {f"training.{limit}": None for limit in _LIMITS} | values
+    return values
+
+
+def resolve_recipe(recipe: str | None, flags: Mapping[str, Any], assignments: list[str] | None) -> "Resolved":
+    """Recipe, environment, flags and assignments, merged in this order.
+
+    Raises:
+        SettingsError: The recipe or a setting is unknown.
+    """
+    from ternlm.recipes import load_recipe
+    from ternlm.settings.resolve import Layer, environment_overrides, parse_overrides, resolve
+    from ternlm.training.settings import setting_names
+
+    layers = []
+    if recipe is not None:
+        loaded = load_recipe(recipe)
+        layers.append(Layer(loaded.origin, loaded.values))
+    layers.append(Layer("environment", environment_overrides()))
+    layers.append(Layer("command line", flag_values(flags)))
+    layers.append(Layer("command line", parse_overrides(assignments or [])))
+    return resolve(layers, setting_names())
+
+
+def split_recipe(words: list[str] | None) -> tuple[str | None, list[str]]:
+    """``[RECIPE] key=value ...`` taken apart.
+
+    Raises:
+        SettingsError: There are two recipes.
+    """
+    recipes = [word for word in words or [] if "=" not in word]
+    if len(recipes) > 1:
+        raise SettingsError(f"two recipes given: '{recipes[0]}' and '{recipes[1]}'. Settings are written key=value.")
+    return (recipes[0] if recipes else None), [word for word in words or [] if "=" in word]
+
+
+def prepare_with_bar(data: "DataSettings", tokenizer: "TokenizerSettings") -> "Prepared":
+    """Prepare a corpus with a progress line; Ctrl-C keeps what is done."""
+    from ternlm.data.preparation import prepare_data
+
+    with progress_line() as update:
+        return prepare_data(data, tokenizer, update.progress, update.should_stop, update.say)
+
+
+class ProgressLine:
+    """A moving line on a terminal, one line every ten seconds elsewhere; and the Ctrl-C flag."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False)
+        self.interrupted = False
+        self._status: Any = None
+        self._printed_s = 0.0
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def progress(self, progress: Any) -> None:
+        line = f"{progress.documents:,} documents, {progress.tokens:,} tokens, {progress.bytes / 1e6:,.1f} MB"
+        if self.console.is_terminal:
+            if self._status is None:
+                self._status = self.console.status(line)
+                self._status.start()
+            self._status.update(line)
+        elif progress.elapsed_s - self._printed_s >= 10:
+            self._printed_s = progress.elapsed_s
+            self.say(line)
+
+    def should_stop(self) -> bool:
+        return self.interrupted
+
+    def close(self) -> None:
+        if self._status is not None:
+            self._status.stop()
+
+
+@contextmanager
+def progress_line() -> Iterator[ProgressLine]:
+    """A `ProgressLine` that listens to Ctrl-C and SIGTERM while it is shown."""
+    import signal
+
+    line = ProgressLine()
+
+    def note(number: int, frame: Any) -> None:
+        if line.interrupted:
+            raise SystemExit(128 + number)
+        line.interrupted = True
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield line
+    finally:
+        line.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """A mapping as JSON on stdout."""
+    import json
+
+    typer.echo(json.dumps(value, indent=1))

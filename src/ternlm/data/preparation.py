@@ -1,0 +1,71 @@
+"""From settings to a tokenizer and a prepared corpus: what every command that reads data does first."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from ternlm.data.catalog import open_corpus
+from ternlm.data.settings import DataSettings
+from ternlm.data.shards import Corpus, Progress, default_directory, prepare, source_identity
+from ternlm.errors import DataError
+from ternlm.tokenizers import Tokenizer, TokenizerSettings, load_tokenizer, train_bpe
+
+
+class Prepared(NamedTuple):
+    """A corpus on disk and the tokenizer that made it."""
+
+    corpus: Corpus
+    tokenizer: Tokenizer
+
+
+def prepare_data(
+    data: DataSettings,
+    tokenizer: TokenizerSettings,
+    progress: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Prepared:
+    """Load or train the tokenizer, then tokenize the corpus unless that was done before.
+
+    Args:
+        data: The source.
+        tokenizer: Which tokenizer; ``name="train"`` trains one on the training documents, once.
+        progress, should_stop: As `prepare` takes them.
+        say: Called with a sentence before something slow begins.
+
+    Raises:
+        DataError, TokenizerError: As `prepare` and `load_tokenizer` raise them.
+    """
+    if tokenizer.name == "train":
+        loaded = _trained(data, tokenizer.vocab_size, say)
+    else:
+        loaded = load_tokenizer(tokenizer.name)
+    directory = default_directory(data, loaded)
+    if not (directory / "manifest.json").exists():
+        say(f"preparing '{data.source}' in {directory}")
+    return Prepared(prepare(data, loaded, directory, progress, should_stop), loaded)
+
+
+def _trained(data: DataSettings, vocab_size: int, say: Callable[[str], None]) -> Tokenizer:
+    """A byte-level BPE of the training documents, kept in the cache under a hash of what it was made from."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ternlm" / "tokenizers"
+    key = hashlib.sha256(f"{source_identity(data)}|{vocab_size}".encode()).hexdigest()[:16]
+    directory = cache / f"bpe-{vocab_size}-{key}"
+    if (directory / "tokenizer.json").exists():
+        return load_tokenizer(directory)
+    say(f"training a BPE tokenizer of {vocab_size:,} ids on '{data.source}'")
+    trained = train_bpe(open_corpus(data, "train"), vocab_size)
+    unfinished = directory.with_name(f".{directory.name}.{os.getpid()}")
+    try:
+        unfinished.mkdir(parents=True)
+        trained.save(unfinished)
+        if not directory.exists():
+            unfinished.rename(directory)
+    except OSError as error:
+        raise DataError(f"the tokenizer cannot be kept in {cache}: {error.strerror}. Set XDG_CACHE_HOME.") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return load_tokenizer(directory)

@@ -1,0 +1,322 @@
+"""Documents to token shards on disk: `prepare`, resumable and byte-identical however often it was stopped.
+
+A preparation is a pure function of the documents in order. At every commit the files are on disk and
+``progress.json`` says how far they are valid and how many documents they hold; after an interruption the
+files are cut back to that point and the documents skipped. The manifest is written last, so a folder with
+a manifest is complete. Reading is left to `corpus`, files of one split to `writer`.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import ternlm
+from ternlm.data.catalog import SPLITS, is_local, open_streams
+from ternlm.data.corpus import MANIFEST, SCHEMA, Corpus, TokenStream, load_corpus, read_manifest, token_dtype
+from ternlm.data.documents import find_files
+from ternlm.data.settings import DataSettings
+from ternlm.data.writer import SplitWriter, synchronize_folder
+from ternlm.errors import DataError, Interrupted
+from ternlm.tokenizers.interface import Tokenizer
+
+__all__ = [
+    "Corpus",
+    "Progress",
+    "TokenStream",
+    "default_directory",
+    "load_corpus",
+    "prepare",
+    "source_identity",
+]
+
+SHARD_TOKENS = 2**26
+COMMIT_TOKENS = 2**23
+BATCH_CHARACTERS = 2**20
+_STATE = "progress.json"
+_NOT_IDENTITY = {"sequence_length", "cache"}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a preparation is; totals over all splits, earlier sittings included.
+
+    Attributes:
+        documents, tokens, bytes: Written so far.
+        elapsed_s: Seconds of this sitting.
+    """
+
+    documents: int
+    tokens: int
+    bytes: int
+    elapsed_s: float
+
+
+def prepare(
+    data: DataSettings,
+    tokenizer: Tokenizer,
+    directory: Path,
+    progress: Callable[[Progress], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Corpus:
+    """Tokenize all splits of a corpus into a folder, or open it if that was done before.
+
+    Training stops at `data.max_tokens`, the last document cut to fit. A document of an own validation or
+    test split that is also a training document is dropped from the former and counted in the manifest.
+
+    Args:
+        data: The source and how it is divided.
+        tokenizer: Makes the ids.
+        directory: Where the corpus goes; `default_directory` gives the usual place.
+        progress: Called after each batch of documents.
+        should_stop: Asked after each batch of documents.
+
+    Raises:
+        DataError: The source is unreadable or empty, the folder cannot be written, holds another corpus,
+            or is being prepared by another process.
+        Interrupted: `should_stop` said so; what was done is kept and the next call goes on from there.
+    """
+    try:
+        with _locked(directory):
+            identity = _identity(data, tokenizer)
+            if (directory / MANIFEST).exists():
+                return _open_finished(directory, identity)
+            _Preparation(data, tokenizer, directory, identity).run(progress, should_stop)
+            return load_corpus(directory)
+    except OSError as error:
+        raise DataError(
+            f"the corpus cannot be written to {directory}: {error.strerror or error}. "
+            "Free space or choose another folder with data.cache."
+        ) from None
+
+
+def default_directory(data: DataSettings, tokenizer: Tokenizer) -> Path:
+    """``<cache>/<name>-<hash>``; the hash covers settings, tokenizer and, for local files, size and time."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ternlm" / "data"
+    root = cache if data.cache is None else Path(data.cache).expanduser()
+    name = re.sub(r"[^\w.-]+", "-", Path(data.source.removeprefix("hf:")).name).strip("-.") or "corpus"
+    return root / f"{name[:40]}-{tokenizer.name[:20]}-{_identity(data, tokenizer)[:12]}".replace("/", "-")
+
+
+class _Preparation:
+    """One sitting of a preparation."""
+
+    def __init__(self, data: DataSettings, tokenizer: Tokenizer, directory: Path, identity: str):
+        self.data = data
+        self.tokenizer = tokenizer
+        self.directory = directory
+        self.identity = identity
+        state = self._read_state()
+        self.stream = int(state.get("stream", 0))
+        self.consumed = int(state.get("consumed", 0))
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.writers: dict[str, SplitWriter] = {}
+        self.dropped = {name: int(state.get("dropped", {}).get(name, 0)) for name in SPLITS}
+        for name in SPLITS:
+            committed = state.get("splits", {}).get(name)
+            self.writers[name] = SplitWriter(directory / name, self.dtype, SHARD_TOKENS, committed)
+        self.started = time.monotonic()
+        self.uncommitted = 0
+
+    def run(self, progress: Callable[[Progress], None] | None, should_stop: Callable[[], bool]) -> None:
+        try:
+            streams = list(open_streams(self.data).values())
+            while self.stream < len(streams):
+                self._write_stream(streams[self.stream](), progress, should_stop)
+                self.stream, self.consumed = self.stream + 1, 0
+            self._commit()
+            self._finish()
+        finally:
+            for writer in self.writers.values():
+                writer.close()
+
+    def _write_stream(
+        self,
+        documents: Iterator[tuple[str, str]],
+        progress: Callable[[Progress], None] | None,
+        should_stop: Callable[[], bool],
+    ) -> None:
+        known = self.writers["train"].hashes() if self.stream else np.empty(0, dtype="<u8")
+        full = False
+        for batch in _batches(islice(documents, self.consumed, None)):
+            encoded = self.tokenizer.encode_batch([text for _, text in batch])
+            for (name, text), ids in zip(batch, encoded, strict=True):
+                full = not self._write_document(name, text, ids, known)
+                if full:
+                    break
+                self.consumed += 1
+            if progress is not None:
+                progress(self._progress())
+            if full:
+                return
+            if self.uncommitted >= COMMIT_TOKENS:
+                self._commit()
+            if should_stop():
+                self._commit()
+                raise Interrupted(
+                    f"the preparation of {self.directory} stopped after {self._progress().documents:,} "
+                    "documents. Give the same command again to continue."
+                )
+
+    def _write_document(self, name: str, text: str, ids: list[int], known: np.ndarray) -> bool:
+        """Append one document; False if the training split is full and the stream is to end."""
+        raw = text.encode()
+        digest = int.from_bytes(hashlib.sha256(raw).digest()[:8], "big")
+        size, words = len(raw), len(text.split())
+        if known.size and known[min(int(np.searchsorted(known, digest)), known.size - 1)] == digest:
+            self.dropped[name] += 1
+            return True
+        marks = (self.tokenizer.bos_id is not None) + (self.tokenizer.eos_id is not None)
+        if name == "train" and self.data.max_tokens is not None:
+            room = self.data.max_tokens - self.writers["train"].tokens - marks
+            if room < 1:
+                return False
+            if room < len(ids):
+                ids = ids[:room]
+                size, words = self.tokenizer.text_bytes(ids), len(self.tokenizer.decode(ids).split())
+        begin = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
+        end = [] if self.tokenizer.eos_id is None else [self.tokenizer.eos_id]
+        self.writers[name].append(np.array([*begin, *ids, *end], dtype=np.int64), size, words, digest)
+        self.uncommitted += len(ids) + marks
+        return True
+
+    def _commit(self) -> None:
+        state = {
+            "schema": SCHEMA,
+            "identity": self.identity,
+            "stream": self.stream,
+            "consumed": self.consumed,
+            "dropped": self.dropped,
+            "splits": {name: writer.commit() for name, writer in self.writers.items()},
+        }
+        _write_json(self.directory / _STATE, state)
+        self.uncommitted = 0
+
+    def _finish(self) -> None:
+        if not self.writers["train"].documents:
+            raise DataError(
+                f"'{self.data.source}' leaves no training documents. Add text or raise data.max_documents "
+                "or data.max_tokens."
+            )
+        tokenizer = self.tokenizer
+        manifest = {
+            "schema": SCHEMA,
+            "identity": self.identity,
+            "source": self.data.model_dump(exclude=_NOT_IDENTITY),
+            "tokenizer": {
+                "name": tokenizer.name,
+                "fingerprint": tokenizer.fingerprint,
+                "vocab_size": tokenizer.vocab_size,
+                "bos_id": tokenizer.bos_id,
+                "eos_id": tokenizer.eos_id,
+                "lossless": tokenizer.lossless,
+            },
+            "duplicates_dropped": self.dropped,
+            "splits": {name: writer.finish() for name, writer in self.writers.items()},
+        }
+        _write_json(self.directory / MANIFEST, manifest)
+        (self.directory / _STATE).unlink()
+
+    def _read_state(self) -> dict[str, Any]:
+        try:
+            state = json.loads((self.directory / _STATE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            state = {}
+        if not isinstance(state, dict) or state.get("identity") != self.identity:
+            # files without a matching record belong to nobody
+            for name in SPLITS:
+                shutil.rmtree(self.directory / name, ignore_errors=True)
+            return {}
+        return state
+
+    def _progress(self) -> Progress:
+        writers = self.writers.values()
+        return Progress(
+            documents=sum(writer.documents for writer in writers),
+            tokens=sum(writer.tokens for writer in writers),
+            bytes=sum(writer.bytes for writer in writers),
+            elapsed_s=time.monotonic() - self.started,
+        )
+
+
+def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Groups of documents worth encoding together, so that the tokenizer's threads have work."""
+    batch: list[tuple[str, str]] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document[1])
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def source_identity(data: DataSettings) -> str:
+    """sha256 of everything that decides which documents a source gives.
+
+    For local files that is their paths, sizes and times of change, not their content.
+
+    Raises:
+        DataError: Local files are missing.
+    """
+    local = [data.source] if is_local(data.source) else []
+    local += [path for path in (data.validation_path, data.test_path) if path is not None]
+    stats = [(str(path), path.stat()) for source in local for path in find_files(source)]
+    content = {
+        "schema": SCHEMA,
+        "settings": data.model_dump(exclude=_NOT_IDENTITY),
+        "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
+        "built_in": None if is_local(data.source) else ternlm.__version__,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(data: DataSettings, tokenizer: Tokenizer) -> str:
+    """sha256 of everything that decides the shards' content."""
+    return hashlib.sha256(f"{source_identity(data)}|{tokenizer.fingerprint}".encode()).hexdigest()
+
+
+def _open_finished(directory: Path, identity: str) -> Corpus:
+    if read_manifest(directory).get("identity") != identity:
+        raise DataError(
+            f"{directory} holds a corpus of another source, tokenizer or data settings. "
+            "Choose another folder, or delete this one."
+        )
+    return load_corpus(directory)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the folder's lock; the system releases it when the process ends, however it ends."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(
+                f"{directory} is being prepared by another process. Wait for it, or choose another folder."
+            ) from None
+        yield
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".part")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, sort_keys=True)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    synchronize_folder(path.parent)

@@ -1,0 +1,27 @@
+"""Root-mean-square normalization."""
+
+import torch
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * g, statistics in float32, gain applied in the dtype of x.
+
+    Args:
+        features: Width of the last dimension.
+        eps: Added to the mean square, inside the root.
+
+    Source:
+        Zhang and Sennrich 2019 (arXiv 1910.07467).
+    """
+
+    def __init__(self, features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., features) -> (..., features), same dtype."""
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight.to(x.dtype)

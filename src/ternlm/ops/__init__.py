@@ -1,0 +1,1 @@
+"""Pure tensor functions. A plain reference stands beside every fast path."""

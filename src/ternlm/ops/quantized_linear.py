@@ -1,0 +1,143 @@
+"""The linear map on integer codes, with straight-through gradients, and its plain reference.
+
+`quantized_linear` is the fast path: exact integer product, scales afterwards, int8 activations
+saved for backward, and several weight matrices that read the same input merged into one product.
+`quantized_linear_reference` is the definition it is compared with, in value and in gradient.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ternlm.ops.integer_matmul import integer_matmul
+from ternlm.ops.quantize import dequantize_weight, quantize_activation
+
+
+def quantized_linear(
+    x: Tensor,
+    weight: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    sizes: Sequence[int],
+    activation_bits: int | None = 8,
+) -> tuple[Tensor, ...]:
+    """y_i = x W_i^T for merged matrices W_i, computed on integer codes.
+
+    With (Xq, s) = quantize_activation(x), and codes Q_i and scale g_i of each matrix:
+
+        y_i = (Xq Q_i^T) * (g_i / s)               integers first, then one float32 product, then the cast
+        dL/dx = sum_i dL/dy_i (g_i Q_i)            straight through both quantizers
+        dL/dW_i = (dL/dy_i)^T (Xq / s)
+
+    Args:
+        x: (..., in_features), float32, bfloat16 or float16.
+        weight: Latent weights of all matrices, stacked, (sum(sizes), in_features). It receives the
+            gradient; its values are read through `codes` and `scale` only.
+        codes: int8 codes of `weight`, same shape.
+        scale: float32: (len(sizes),), one per matrix; or (sum(sizes), 1), one per row; or
+            (sum(sizes), groups), one per group of columns of a row.
+        sizes: out_features of each merged matrix.
+        activation_bits: 8, 4, or None for activations in full precision. None multiplies by the
+            dequantized weights, since nothing is left to count in integers.
+
+    Returns:
+        For each matrix (..., sizes[i]) in the dtype of x.
+
+    Source:
+        Ma et al. 2024 (arXiv 2402.17764); straight-through gradients, Bengio et al. 2013 (arXiv 1308.3432).
+    """
+    if activation_bits is None:
+        rounded = dequantize_weight(codes, per_row(scale, sizes))
+        straight = _StraightThrough.apply(weight, rounded)
+        return F.linear(x, straight.to(x.dtype)).split(list(sizes), dim=-1)
+    return _IntegerLinear.apply(x, weight, codes, scale, tuple(sizes), activation_bits)
+
+
+def quantized_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    sizes: Sequence[int],
+    activation_bits: int | None = 8,
+) -> tuple[Tensor, ...]:
+    """The definition of `quantized_linear`, one matrix at a time, by automatic differentiation.
+
+    Each quantizer is written z + (q(z) - z).detach(), whose value is q(z) and whose gradient is
+    the identity; everything is computed in float32.
+    """
+    rounded = dequantize_weight(codes, per_row(scale, sizes))
+    straight_weight = weight + (rounded - weight).detach()
+    straight_x = x.float()
+    if activation_bits is not None:
+        x_codes, s = quantize_activation(x, activation_bits)
+        straight_x = straight_x + (x_codes / s - straight_x).detach()
+    return tuple((straight_x @ part.t()).to(x.dtype) for part in straight_weight.split(list(sizes)))
+
+
+def per_row(scale: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Scales as (rows, groups): one scale per merged matrix is repeated for each of its rows."""
+    if scale.dim() == 2:
+        return scale
+    return torch.cat([part.expand(size) for part, size in zip(scale.unbind(), sizes, strict=True)])[:, None]
+
+
+class _IntegerLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, codes: Tensor, scale: Tensor, sizes: tuple[int, ...], bits: int
+    ) -> tuple[Tensor, ...]:
+        x_codes, s = quantize_activation(x.reshape(-1, x.shape[-1]), bits)
+        ctx.save_for_backward(x_codes, s, codes, scale)
+        ctx.sizes, ctx.x_shape, ctx.weight_dtype = sizes, x.shape, weight.dtype
+        outputs = _scaled_product(x_codes, s, codes, scale, sizes)
+        return tuple(y.to(x.dtype).view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_codes, s, codes, scale = ctx.saved_tensors
+        flat = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grad_y = flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)
+        dtype = grad_y.dtype
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            rows = per_row(scale, ctx.sizes)
+            if rows.shape[1] == 1:
+                rounded = codes.to(dtype) * rows.to(dtype)
+            else:
+                rounded = dequantize_weight(codes, rows).to(dtype)
+            grad_x = (grad_y @ rounded).view(ctx.x_shape)
+        if ctx.needs_input_grad[1]:
+            rounded_x = x_codes.to(dtype) * s.reciprocal().to(dtype)
+            grad_weight = (grad_y.t() @ rounded_x).to(ctx.weight_dtype)
+        return grad_x, grad_weight, None, None, None, None
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Value of the second argument, gradient to the first."""
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, rounded: Tensor) -> Tensor:
+        return rounded.to(latent.dtype, copy=True)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def _scaled_product(x_codes: Tensor, s: Tensor, codes: Tensor, scale: Tensor, sizes: tuple[int, ...]) -> list[Tensor]:
+    """(Xq Q_i^T) * (g_i / s) for each merged matrix, float32."""
+    if scale.dim() == 2 and scale.shape[1] > 1:
+        width = codes.shape[1] // scale.shape[1]
+        total = torch.zeros(x_codes.shape[0], codes.shape[0], device=codes.device)
+        groups = zip(x_codes.split(width, dim=1), codes.split(width, dim=1), scale.unbind(1), strict=True)
+        for x_group, code_group, g in groups:
+            total += integer_matmul(x_group.contiguous(), code_group.contiguous()) * (g / s)
+        return list(total.split(sizes, dim=1))
+    counts = integer_matmul(x_codes, codes)
+    if scale.dim() == 2:
+        return list((counts * (scale[:, 0] / s)).split(sizes, dim=1))
+    return [part * (g / s) for part, g in zip(counts.split(sizes, dim=1), scale.unbind(), strict=True)]

@@ -1,0 +1,75 @@
+"""Recipes: complete settings of a run, one YAML file each, shipped with the package."""
+
+import difflib
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from ternlm.errors import SettingsError
+from ternlm.settings.resolve import read_mapping
+
+
+class Recipe(NamedTuple):
+    """A named set of values.
+
+    Attributes:
+        name: Name of the shipped recipe, or stem of the user's file.
+        origin: Where the values come from, for the record.
+        description: One line.
+        values: Settings by section.
+    """
+
+    name: str
+    origin: str
+    description: str
+    values: dict[str, Any]
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes."""
+    folder = resources.files(__package__)
+    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """The file of a shipped recipe.
+
+    Raises:
+        SettingsError: No recipe has this name.
+    """
+    names = recipe_names()
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        hint = f"Did you mean '{near[0]}'?" if near else f"Recipes: {', '.join(names)}."
+        raise SettingsError(f"unknown recipe '{name}'. {hint} 'ternlm recipes' lists them; a .yaml file works too.")
+    return resources.files(__package__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def load_recipe(reference: str) -> Recipe:
+    """A shipped recipe by name, or a settings file (YAML or JSON) by path.
+
+    A file may begin with ``extends: NAME``, which puts its values on top of another recipe's.
+
+    Raises:
+        SettingsError: There is no such recipe or file, or it is malformed.
+    """
+    if Path(reference).suffix in (".yaml", ".yml", ".json"):
+        path = Path(reference)
+        values = read_mapping(path)
+        base = values.pop("extends", None)
+        description = str(values.pop("description", ""))
+        if base is not None:
+            values = _on_top(load_recipe(str(base)).values, values)
+        return Recipe(path.stem, f"file {path}", description, values)
+    values = yaml.safe_load(recipe_text(reference))
+    description = str(values.pop("description"))
+    return Recipe(reference, f"recipe {reference}", description, values)
+
+
+def _on_top(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    merged = {section: dict(fields) for section, fields in base.items()}
+    for section, fields in values.items():
+        merged[section] = merged.get(section, {}) | fields if isinstance(fields, dict) else fields
+    return merged

@@ -1,0 +1,93 @@
+"""The files a tokenizer leaves in a folder: `tokenizer.json` and `tokenizer_config.json`.
+
+Both are Hugging Face's, so a saved folder opens with other programs too; the block ``"ternlm"`` in the
+second file says what this package needs to build the same tokenizer again.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ternlm.errors import TokenizerError
+
+if TYPE_CHECKING:
+    from ternlm.tokenizers.interface import Tokenizer
+
+SPECIAL_NAMES = ("bos", "eos", "pad", "unk", "mask")
+LARGEST_FILE = 512 * 2**20
+
+
+def write_files(tokenizer: "Tokenizer", directory: Path, kind: str) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json`, each replaced atomically.
+
+    Raises:
+        TokenizerError: The folder cannot be written.
+    """
+    document = json.loads(tokenizer.to_json())
+    names = {index: token for token, index in _vocabulary(document).items()}
+    ids = {name: getattr(tokenizer, f"{name}_id") for name in SPECIAL_NAMES}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **{f"{name}_token": names.get(index) for name, index in ids.items() if index is not None},
+        "ternlm": {"kind": kind, "name": tokenizer.name, "fingerprint": tokenizer.fingerprint, **ids},
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / "tokenizer.json", tokenizer.to_json().encode())
+        write_atomically(directory / "tokenizer_config.json", json.dumps(config, indent=1).encode())
+    except OSError as error:
+        raise TokenizerError(
+            f"the tokenizer cannot be written to {directory}: {error.strerror}. Choose a writable folder."
+        ) from None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file so that a reader sees the old content or the new, nothing between."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        TokenizerError: The file is missing, too large, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(read_bytes(path).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path} is not valid JSON ({error}). Fetch the tokenizer's files again.") from None
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path} holds a {type(value).__name__}, not an object. Fetch the file again.")
+    return value
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a tokenizer file, refused above 512 MiB.
+
+    Raises:
+        TokenizerError: The file is missing, unreadable or too large.
+    """
+    try:
+        size = path.stat().st_size
+        if size > LARGEST_FILE:
+            raise TokenizerError(
+                f"{path} has {size:,} bytes, more than the {LARGEST_FILE:,} allowed for a tokenizer file. "
+                "Check that it is one."
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"{path} cannot be read: {error.strerror}. Check the path.") from None
+
+
+def _vocabulary(document: dict[str, Any]) -> dict[str, int]:
+    vocabulary = document["model"]["vocab"]
+    if isinstance(vocabulary, list):
+        vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
+    return {**vocabulary, **{token["content"]: token["id"] for token in document.get("added_tokens", [])}}

@@ -1,0 +1,1 @@
+"""Training: settings, schedules, objective, optimizer, and the loop."""

@@ -1,0 +1,108 @@
+"""The optimizer: AdamW with decay on quantizable matrices only, and its state by parameter name."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from pydantic import field_validator
+from torch import Tensor
+
+from ternlm.errors import CheckpointError
+from ternlm.models import LanguageModel
+from ternlm.settings import Float, Settings
+
+
+class OptimizerSettings(Settings):
+    """AdamW.
+
+    Attributes:
+        name: ``adamw``.
+        learning_rate: Peak learning rate. Ternary models want about four to six times the rate of
+            their full-precision twins.
+        weight_decay: Decoupled decay of quantizable matrices; never of embeddings, norms or scales.
+        betas: Decay rates of the two moments.
+        eps: Added to the root of the second moment.
+    """
+
+    name: Literal["adamw"] = "adamw"
+    learning_rate: Float = 2e-3
+    weight_decay: Float = 0.1
+    betas: tuple[Float, Float] = (0.9, 0.95)
+    eps: Float = 1e-8
+
+    @field_validator("learning_rate", "eps")
+    @classmethod
+    def _positive(cls, value: float) -> float:
+        if not value > 0:
+            raise ValueError("it must be above 0")
+        return value
+
+    @field_validator("weight_decay")
+    @classmethod
+    def _not_negative(cls, value: float) -> float:
+        if not value >= 0:
+            raise ValueError("it must not be negative")
+        return value
+
+    @field_validator("betas")
+    @classmethod
+    def _decay_rates(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("each beta must lie in [0, 1)")
+        return value
+
+
+def build_optimizer(model: LanguageModel, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """Fused AdamW with two groups, named ``matrices`` (decayed) and ``rest`` (never decayed).
+
+    Every parameter is in exactly one group; tied tensors are one parameter.
+    """
+    matrices = {id(layer.weight) for layer in model.bit_linears().values()}
+    decayed = [p for p in model.parameters() if id(p) in matrices]
+    rest = [p for p in model.parameters() if id(p) not in matrices]
+    groups = [{"params": decayed, "name": "matrices"}, {"params": rest, "name": "rest"}]
+    fused = next(model.parameters()).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(
+        groups,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=0.0,
+        fused=fused,
+    )
+
+
+def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
+    """Use these rates in the next update."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+        group["weight_decay"] = weight_decay if group["name"] == "matrices" else 0.0
+
+
+def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as ``<parameter>.<quantity>``, independent of the order of parameters."""
+    return {
+        f"{name}.{quantity}": value
+        for name, parameter in model.named_parameters()
+        for quantity, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_tensors(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave.
+
+    Raises:
+        CheckpointError: A tensor is missing or has another shape.
+    """
+    for name, parameter in model.named_parameters():
+        state: dict[str, Tensor] = {}
+        for quantity in ("step", "exp_avg", "exp_avg_sq"):
+            value = tensors.get(f"{name}.{quantity}")
+            if value is None or (quantity != "step" and value.shape != parameter.shape):
+                raise CheckpointError(
+                    f"the optimizer state lacks a fitting '{name}.{quantity}'. Choose another checkpoint."
+                )
+            state[quantity] = value.to(device=parameter.device, copy=True)
+        optimizer.state[parameter] = state

@@ -1,0 +1,15 @@
+"""Fixtures for the whole suite."""
+
+from pathlib import Path
+
+import pytest
+
+SHARED_DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real texts and tokenizers beside the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the folder ../shared/data with real texts and tokenizers is not here")
+    return SHARED_DATA.resolve()
