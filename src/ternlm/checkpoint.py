@@ -21,7 +21,7 @@ from torch import Tensor
 
 import ternlm
 from ternlm.device import choose_dtype
-from ternlm.errors import CheckpointError, EnvironmentFault
+from ternlm.errors import CheckpointError, EnvironmentFault, SettingsError
 from ternlm.files import replace_durably, synchronize_folder, to_json, write_durably
 from ternlm.models import LanguageModel, QuantizationMode, build_model, model_settings
 from ternlm.run_directory import find_run
@@ -158,7 +158,7 @@ def resolve(reference: str, runs: Path) -> Path:
         return newest_valid(run.checkpoints)
     if which in ("best", "final"):
         pointer = run.checkpoints / which
-        name = pointer.read_text().strip() if pointer.is_file() else ""
+        name = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
         if not _NAME.fullmatch(name):
             raise CheckpointError(f"run '{run.id}' has no '{which}' checkpoint yet. Use {run_name}@last.")
         return run.checkpoints / name
@@ -183,12 +183,15 @@ def load(path: Path, device: torch.device | str = "cpu", mode: QuantizationMode 
     """
     _, files = _read_verified(path, only=(MODEL, CONFIG, STATE))
     config, state = _parse(path, CONFIG, files), _parse(path, STATE, files)
-    settings = model_settings(config["model"])
-    if mode is None:
-        mode = QuantizationMode.from_mapping(config["quantization"], "quantization")
+    try:
+        settings = model_settings(config["model"])
+        mode = mode or QuantizationMode.from_mapping(config["quantization"], "quantization")
+        dtype = choose_dtype(config["training"]["precision"], torch.device(device))
+    except (LookupError, TypeError, ValueError, AttributeError, SettingsError) as error:
+        raise CheckpointError(f"'{path / CONFIG}' describes no model ({error}). Use another checkpoint.") from None
     with torch.device(device):
         model = build_model(settings, mode)
-    model.compute_dtype = choose_dtype(config["training"]["precision"], torch.device(device))
+    model.compute_dtype = dtype
     load_tensors(model, parse_tensors(path, MODEL, files[MODEL]), path)
     tokenizer = load_tokenizer(path)
     expected = state.get("tokenizer_fingerprint")
@@ -243,7 +246,7 @@ def prune(root: Path, keep_last: int, keep_every: int | None = None) -> list[int
     renamed before it is deleted, so a half-deleted checkpoint never carries a valid name.
     """
     best = root / "best"
-    kept = best.read_text().strip() if best.is_file() else ""
+    kept = best.read_text(errors="replace").strip() if best.is_file() else ""
     removed = []
     for step in steps(root)[: -max(keep_last, 1)]:
         path = root / f"step_{step:06d}"
@@ -251,15 +254,28 @@ def prune(root: Path, keep_last: int, keep_every: int | None = None) -> list[int
             continue
         doomed = root / f".del-{path.name}"
         shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
+        try:
+            path.rename(doomed)
+        except OSError as error:
+            raise EnvironmentFault(f"old checkpoint '{path}' cannot be removed: {error.strerror}.") from None
         shutil.rmtree(doomed, ignore_errors=True)
         removed.append(step)
     return removed
 
 
 def point(root: Path, name: str, target: Path) -> None:
-    """Write the one-line pointer `name` (best, last, final) to a checkpoint."""
-    replace_durably(root / name, f"{target.name}\n".encode())
+    """Write the one-line pointer `name` (best, last, final) to a checkpoint.
+
+    Raises:
+        EnvironmentFault: The disk is full or the folder cannot be written.
+    """
+    try:
+        replace_durably(root / name, f"{target.name}\n".encode())
+    except OSError as error:
+        raise EnvironmentFault(
+            f"pointer '{root / name}' cannot be written: {error.strerror}. Checkpoint '{target}' is complete; "
+            "free disk space, then resume."
+        ) from None
 
 
 def remove_unfinished(root: Path) -> None:
@@ -309,9 +325,13 @@ def _read_verified(path: Path, only: tuple[str, ...]) -> tuple[dict[str, Any], d
     kept: dict[str, bytes] = {}
     for name, expected in manifest["files"].items():
         file = path / name
-        if Path(name).name != name or file.is_symlink() or not file.is_file():
+        try:
+            is_usable = Path(name).name == name and not file.is_symlink() and file.is_file()
+            content = file.read_bytes() if is_usable else None
+        except OSError:
+            content = None
+        if content is None:
             raise CheckpointError(f"checkpoint '{path}' lacks its file '{name}'. Use another checkpoint.")
-        content = file.read_bytes()
         if len(content) != expected["bytes"]:
             raise CheckpointError(
                 f"'{file}' has {len(content):,} bytes, its manifest promises {expected['bytes']:,}: it is truncated "

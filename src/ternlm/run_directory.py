@@ -107,9 +107,9 @@ class RunDirectory:
                 replace_durably(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
         for file in (self.training_csv, self.evaluation_csv):
             if file.exists():
-                header, *lines = file.read_text().splitlines() or [""]
-                kept = [line for line in lines if _csv_step(line) <= step]
-                replace_durably(file, "".join(f"{line}\n" for line in (header, *kept)).encode())
+                complete = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+                kept = [line for line in complete[1:] if _csv_step(line) <= step]
+                replace_durably(file, "".join([*complete[:1], *kept]).encode())
 
 
 def new_run_id(recipe: str) -> str:
@@ -170,14 +170,16 @@ def append_jsonl(file: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    """All complete rows; an unfinished last line and lines that are not JSON are skipped."""
+    """All complete rows; an unfinished last line and lines that are no JSON object are skipped."""
     rows = []
     for line in file.read_bytes().splitlines(keepends=True):
         if line.endswith(b"\n"):
             try:
-                rows.append(json.loads(line))
-            except ValueError:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
                 continue
+            if isinstance(row, dict):
+                rows.append(row)
     return rows
 
 

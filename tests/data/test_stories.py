@@ -52,9 +52,7 @@ def _read(part: str | Slot | Reference, text: str, state: State) -> Iterator[Sta
     if isinstance(part, Slot):
         for after in parses(part.rule, text, state):
             assert after.last is not None
-            remembered = (
-                {**after.remembered, part.variable: after.last} if part.variable else after.remembered
-            )
+            remembered = {**after.remembered, part.variable: after.last} if part.variable else after.remembered
             yield after._replace(remembered=remembered)
         return
     if isinstance(part, Reference):
@@ -202,9 +200,7 @@ def test_every_story_can_be_read_in_one_way_only(tellings: list[Telling]) -> Non
 
 def test_different_choices_give_different_stories(tellings: list[Telling]) -> None:
     assert (
-        len({tuple(telling.choices) for telling in tellings})
-        == len({telling.text for telling in tellings})
-        == 20_000
+        len({tuple(telling.choices) for telling in tellings}) == len({telling.text for telling in tellings}) == 20_000
     )
 
 
@@ -216,12 +212,7 @@ def test_no_alternative_of_a_rule_begins_another_word_of_the_same_list() -> None
 
 def test_stories_are_ascii_of_the_promised_size_and_shape(texts: list[str]) -> None:
     for text in texts[:2_000]:
-        assert (
-            text.isascii()
-            and text.isprintable() is False
-            and text.endswith("\n")
-            and not text.endswith("\n\n")
-        )
+        assert text.isascii() and text.isprintable() is False and text.endswith("\n") and not text.endswith("\n\n")
         assert 300 <= len(text) <= 1_000
         assert 2 <= text.count("\n\n") + 1 <= 4
         assert text.count('"') % 2 == 0
@@ -256,13 +247,9 @@ def test_the_hero_keeps_one_name_and_one_pronoun() -> None:
         for text in stories(split, 400):
             opening = text.split("\n\n")[0]
             heroes = [
-                word
-                for word in re.findall(r"\b[A-Z][a-z]+\b", opening)
-                if word in {*WORDS["girl"], *WORDS["boy"]}
+                word for word in re.findall(r"\b[A-Z][a-z]+\b", opening) if word in {*WORDS["girl"], *WORDS["boy"]}
             ]
             assert len(set(heroes)) == 1, text
             foreign = FIELDS["boy" if heroes[0] in WORDS["girl"] else "girl"]
-            assert not set(re.findall(r"\w+", opening)) & {foreign["he"], foreign["He"], foreign["child"]}, (
-                text
-            )
+            assert not set(re.findall(r"\w+", opening)) & {foreign["he"], foreign["He"], foreign["child"]}, text
             assert heroes[0] in text.split("\n\n", 1)[1], text

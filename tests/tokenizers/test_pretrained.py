@@ -20,7 +20,9 @@ _loaded: dict[str, Tokenizer] = {}
 
 def load(shared_data: Path, name: str) -> Tokenizer:
     """Each published tokenizer once per test run; loading 32,000 pieces takes half a second."""
-    return _loaded.setdefault(name, load_tokenizer(shared_data / "tokenizers" / name))
+    if name not in _loaded:
+        _loaded[name] = load_tokenizer(shared_data / "tokenizers" / name)
+    return _loaded[name]
 
 
 def real_text(shared_data: Path) -> str:

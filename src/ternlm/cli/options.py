@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ternlm.errors import SettingsError
+from ternlm.errors import Interrupted, Preempted, SettingsError
 
 if TYPE_CHECKING:
     from ternlm.data.preparation import Prepared
@@ -69,11 +69,16 @@ def split_recipe(words: list[str] | None) -> tuple[str | None, list[str]]:
 
 
 def prepare_with_bar(data: "DataSettings", tokenizer: "TokenizerSettings") -> "Prepared":
-    """Prepare a corpus with a progress line; Ctrl-C keeps what is done."""
+    """Prepare a corpus with a progress line; Ctrl-C and SIGTERM keep what is done."""
+    import signal
+
     from ternlm.data.preparation import prepare_data
 
     with progress_line() as update:
-        return prepare_data(data, tokenizer, update.progress, update.should_stop, update.say)
+        try:
+            return prepare_data(data, tokenizer, update.progress, update.should_stop, update.say)
+        except Interrupted as error:
+            raise (Preempted(str(error)) if update.received == signal.SIGTERM else error) from None
 
 
 class ProgressLine:
@@ -83,7 +88,7 @@ class ProgressLine:
         from rich.console import Console
 
         self.console = Console(stderr=True, highlight=False)
-        self.interrupted = False
+        self.received: int | None = None
         self._status: Any = None
         self._printed_s = 0.0
 
@@ -102,7 +107,7 @@ class ProgressLine:
             self.say(line)
 
     def should_stop(self) -> bool:
-        return self.interrupted
+        return self.received is not None
 
     def close(self) -> None:
         if self._status is not None:
@@ -117,9 +122,9 @@ def progress_line() -> Iterator[ProgressLine]:
     line = ProgressLine()
 
     def note(number: int, frame: Any) -> None:
-        if line.interrupted:
+        if line.received is not None:
             raise SystemExit(128 + number)
-        line.interrupted = True
+        line.received = number
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -16,20 +16,15 @@ PHRASES = {
     "friend": ("[girl:f]", "[boy:f]"),
     "kind": ("{h.child}", "[animal]"),
     "someone": ("child", "[animal]"),
-    "look": ("[adj]", "[adj] [color]"),
-    "spot": ("[near] the [look] [place]",),
-    "item": ("[a look] [thing]",),
-    "food": ("[number] [look] [foods]",),
-    "delight": ("[fun]", "[look] [fun]"),
-    "scrap": ("[look] [stuff]",),
+    "where": ("the [adj] [place]",),
+    "spot": ("[near] the [adj] [place]",),
+    "item": ("[a adj] [color] [thing]",),
+    "food": ("[number] [adj] [foods]",),
+    "dream": ("[color] [fun]",),
+    "scrap": ("[color] [stuff]",),
     "toys": ("[item] and [item]", "[item], [item] and [item]"),
     "meal": ("[food] and [food]", "[food], [food] and [food]"),
-    "items": (
-        "[item] and [food]",
-        "[food] and [item]",
-        "[item], [item] and [food]",
-        "[item], [item] and [item]",
-    ),
+    "items": ("[item] and [food]", "[food] and [item]"),
     "close": ("[glad] [last]", "[glad]", "[last]"),
 }
 
@@ -37,10 +32,10 @@ SENTENCES = {
     # The hero and an outing.
     "start": _lines(
         """
-        [who] was [a trait] [kind] who loved [delight], [delight] and [delight]. One [day] day, {h.he} [went] to the [look] [place] with [items].
-        One [day] day, [who], [a trait] [kind], [went] to the [look] [place] with [items].
-        "What [a day] day!" [said] [who], [a trait] [kind]. {h.He} took [items] and [went] to the [look] [place].
-        [^near] the [look] [place] lived [who], [a trait], [trait] [kind] with [items]. {h.He} loved [delight] and [delight].
+        At [morning]:[minute] one [day] day, [who], [a trait] [kind], [went] to [where] with [items].
+        "What [a day] day!" [said] [who], [a trait] [kind]. At [morning]:[minute], {h.he} [went] to [where] with [items].
+        [who] was [a trait] [kind] who loved [dream], [dream] and [dream]. One [day] day, {h.he} [went] to [where] with [items].
+        At [number] [^place] Road lived [who], [a trait] [kind]. One [day] day, {h.he} [went] to [where] with [items].
         """
     ),
     # What many plots share.
@@ -53,8 +48,7 @@ SENTENCES = {
     ),
     "arrival": _lines(
         """
-        Then [friend], [a trait] [someone], [went] by with [items].
-        Then [friend], [a trait] [someone], [went] up from the [look] [place].
+        At [afternoon]:[minute], [friend], [a trait] [someone], [went] by with [items].
         Then {h.he} met [friend], [a trait] [someone] with [items].
         """
     ),
@@ -67,9 +61,9 @@ SENTENCES = {
     ),
     "last": _lines(
         """
-        That night {h.he} dreamed of [delight], [delight] and [delight].
+        That night {h.he} dreamed of [dream], [dream] and [dream].
         For supper there were [meal].
-        On the way home, {h.he} sang about [delight], [delight] and [delight].
+        On the way home, {h.he} sang about [dream], [dream] and [dream].
         """
     ),
     "gift": _lines(
@@ -80,27 +74,22 @@ SENTENCES = {
         """
     ),
     # Lost and found.
-    "lost": ("But [spot], {h.his} [look] [thing:t] was gone!",),
-    "search": _lines(
-        """
-        {h.He} looked [spot], [spot] and [spot], but found only [items].
-        It was not [spot], not [spot] and not [spot].
-        """
-    ),
+    "lost": ("But [spot], {h.his} [adj] [color] [thing:t] was gone!",),
+    "search": ("{h.He} looked [spot], [spot] and [spot], but found only [items].",),
     "found": ('"Your {t} is [spot]!" [said] {f} [how].',),
     # Sharing.
-    "hunger": ("At noon {h.he} sat down [spot] to eat [meal].",),
-    "hungry": ('"I have only [food]," said {f} [how].',),
+    "hunger": ("At [afternoon]:[minute], {h.he} sat down [spot] to eat [meal].",),
+    "hungry": ('Then {h.he} met [friend], [a trait] [someone]. "I have only [food]," [said] {f}.',),
     "share": ("{h} [how] gave {f} [meal].",),
     # A fear overcome.
     "fear": ("But to get home, {h.he} had to pass [a trait] [color] [animal] [spot].",),
     "courage": ("{h} [how] held [item] and [item] and took [number] steps.",),
     "over": ("It was no worse than [a trait] [animal] with [items].",),
     # A cart that is stuck.
-    "stuck": ("{f.His} [look] [cart:t] was stuck [spot]. They took out [items], but it did not move.",),
-    "lever": ("{h} [how] put [scrap], [scrap] and [scrap] under it, and out it came!",),
+    "stuck": ("{f.His} [adj] [color] [cart:t] was stuck [spot]. They took out [items], but it did not move.",),
+    "lever": ("{h} [how] put [scrap], [scrap] and [scrap] under the {t}, and out it came!",),
     # A broken thing mended.
-    "broken": ("But [spot], {h.his} [look] [thing:t] fell apart.",),
+    "broken": ("But [spot], {h.his} [adj] [color] [thing:t] fell apart.",),
     "mended": ("They [how] mended the {t} with [scrap], [scrap] and [scrap].",),
     # A surprise.
     "hiding": ("But everyone hid, one [spot], one [spot] and one [spot].",),
@@ -108,33 +97,33 @@ SENTENCES = {
     # The weather spoils a plan.
     "plan": ('"Come and play with [toys]!" [said] {f}.',),
     "spoiled": ("But then came [weather], [weather] and [weather].",),
-    "shelter": ("They [went] into the [look] [place] and made a fort from [scrap], [scrap] and [scrap].",),
+    "shelter": ("They [went] into [where] and made a fort from [scrap], [scrap] and [scrap].",),
     # A skill learned.
     "wish": ("{h.He} wanted to [skill:t]. {h.He} tried it with [item] and with [item], but fell down.",),
     "mastery": ("After [number] days, {h} could {t} like [a trait] [animal].",),
     # A new friend.
     "alone": ("[^spot] sat [friend], [a trait] [someone], [bad] and [bad].",),
-    "hello": ('"Do you like [delight]?" [said] {h}. "No," said {f}, "but I like [delight] and [delight]."',),
+    "hello": ('"Do you like [dream]?" [said] {h}. "No," [said] {f}, "but I like [dream] and [dream]."',),
     # A promise kept.
-    "promise": ("But {h.he} had promised to bring [food] to the [look] [place].",),
+    "promise": ("But {h.he} had promised to bring [food] to [where].",),
     "duty": ("But {h} [how] kept {h.his} promise and came back with [items].",),
     # Seeds.
-    "sowing": ("[^spot], {h.he} [how] planted [number] [look] seeds.",),
+    "sowing": ("[^spot], {h.he} [how] planted [number] [color] seeds.",),
     "waiting": ("{h.He} put [scrap] and [scrap] around them and waited [number] days.",),
     "harvest": ("Then one [day] day there were [meal].",),
     # A trade.
-    "desire": ("{h.He} wanted [a look] [thing:t] but had only [item].",),
+    "desire": ("{h.He} wanted [a adj] [color] [thing:t] but had only [item].",),
     "trade": ("{h} traded it for [item], that for [item], and that for [food].",),
     "bargain": ("At last {h} traded [food] and [item] for the {t}.",),
     # A lost baby animal.
     "baby": ("[^spot] sat a baby [animal], [bad] and [bad].",),
     "comfort": ("{h} [how] gave it [meal].",),
-    "mother": ("Then its mother [went] up from the [look] [place] with [items].",),
+    "mother": ("At [afternoon]:[minute], its mother [went] by with [items].",),
     # The plots, paragraph by paragraph.
     "story": _lines(
         """
         [start] | [lost] [sorrow] [search] | [arrival] [found] [gift] [close]~
-        [start] | [hunger] [arrival] | [hungry] [share] [gift] [close]~
+        [start] | [hunger] [hungry] | [share] [gift] [close]~
         [start] | [fear] [sorrow] | [courage] [over] [close]~
         [start] | [arrival] [stuck] | [lever] [gift] [close]~
         [start] | [broken] [sorrow] | [arrival] [mended] [gift] [close]~

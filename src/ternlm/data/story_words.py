@@ -17,108 +17,138 @@ FIELDS = {"girl": _SHE, "boy": _HE}
 # Lists whose words appear at most once in a story.
 WORDS = {
     "girl": _listed(
-        """Ada, Amy, Bea, Beth, Cleo, Dora, Ella, Eva, Fay, Flo, Gwen, Hana, Ida, Iris, Ivy, Jane, June, Kate, Kim, Lily,
-        Lucy, Mara, Mia, Nell, Nora, Olga, Opal, Pia, Polly, Rosa, Ruby, Sue, Tess, Tina, Una, Vera, Wilma, Wren, Yara, Zoe"""
+        """
+        Ada, Amy, Bea, Cleo, Dora, Ella, Eva, Fay, Flo, Gwen, Hana, Ida, Ivy, Jane, June, Kate, Lily, Lucy,
+        Mia, Nell, Nora, Olga, Pia, Rosa, Ruby, Sue, Tess, Una, Vera, Wren, Yara, Zoe
+        """
     ),
     "boy": _listed(
-        """Abe, Adam, Ben, Bob, Carl, Dan, Drew, Eli, Emil, Finn, Fred, Gus, Glen, Hal, Hugo, Ian, Ivan, Jack, Jon, Kai, Ken,
-        Leo, Luke, Max, Milo, Ned, Noah, Omar, Otto, Paul, Pete, Rex, Sam, Sid, Tim, Tom, Umar, Vic, Will, Zack"""
+        """
+        Abe, Adam, Ben, Bob, Carl, Dan, Eli, Finn, Fred, Gus, Hal, Hugo, Ian, Ivan, Jack, Jon, Kai, Ken,
+        Leo, Luke, Max, Ned, Noah, Omar, Otto, Paul, Rex, Sam, Tim, Tom, Vic, Will
+        """
     ),
     "animal": _listed(
-        """ant, ape, badger, bat, bear, bee, bull, cat, cow, crab, crow, deer, dog, donkey, duck, eel, elk, fish, fox, frog, goat,
-        goose, hare, hawk, hen, horse, jay, koala, lamb, lion, llama, mole, mouse, mule, newt, otter, owl, ox, panda, parrot,
-        pig, pony, quail, rabbit, rat, raven, robin, seal, sheep, skunk, snail, snake, stork, swan, tiger, toad, turtle, vole,
-        wasp, weasel, wolf, worm, yak, zebra"""
+        """
+        ant, ape, bat, bear, bee, bull, cat, cow, crab, crow, deer, dog, dove, duck, eel, elk, fish, fox,
+        frog, goat, goose, hare, hawk, hen, horse, jay, koala, lamb, lion, mole, mouse, newt, otter, owl,
+        ox, panda, pig, pony, rabbit, rat, seal, sheep, snail, swan, tiger, toad, wolf, yak
+        """
     ),
     "trait": _listed(
-        """bold, brave, busy, calm, clever, clumsy, curious, dreamy, eager, fluffy, friendly, gentle, grumpy, happy, hungry, jolly,
-        kind, lazy, lively, lonely, loud, merry, messy, noisy, patient, playful, polite, proud, quick, quiet, restless, shy,
-        silly, sleepy, smart, stubborn, timid, wild, wise, young"""
+        """
+        bold, brave, busy, calm, clever, curious, eager, funny, gentle, grumpy, happy, hungry, jolly, kind,
+        lazy, lonely, loud, merry, messy, noisy, polite, proud, quick, quiet, shy, silly, sleepy, smart,
+        timid, wild, wise, young
+        """
     ),
     "thing": _listed(
-        """apron, ball, basket, bell, belt, book, boot, bowl, box, broom, brush, clock, coat, comb, cup, dish, doll, drum, fan,
-        flag, flute, fork, glove, hammer, hat, hook, horn, jar, jug, kettle, key, kite, lamp, map, mask, mug, net, oar, pail,
-        pan, pen, pillow, pipe, pot, puppet, quilt, rake, ring, rope, saw, scarf, shell, spoon, stool, teapot, tent, top, tray,
-        umbrella, vase, wand, whistle, wig, yo-yo"""
+        """
+        ball, bed, bell, belt, book, boot, bow, box, broom, can, chair, clock, coat, cup, dish, doll, drum,
+        fan, flag, flute, fork, hat, hook, horn, jar, jug, key, kite, lamp, map, mask, mug, net, oar, pan,
+        pen, pipe, pot, quilt, ring, rope, saw, shoe, tent, top, toy, vase, wig
+        """
     ),
     "foods": _listed(
         """
-        apples, apricots, bagels, beans, berries, biscuits, buns, cakes, carrots, cherries, chestnuts,
-        cookies, crackers, dates, dumplings, eggs, figs, grapes, jam tarts, kiwis, leeks, lemons, limes,
-        mangoes, melons, muffins, nuts, olives, onions, pancakes, peaches, pears, peas, pies, plums,
-        potatoes, pretzels, pumpkins, radishes, rolls, sandwiches, scones, tomatoes, turnips, waffles,
-        walnuts, yams
+        apples, beans, beets, buns, cakes, chips, dates, eggs, figs, grapes, hams, jams, kiwis, leeks,
+        lemons, limes, melons, muffins, nuts, olives, onions, pears, peas, pies, plums, radishes, rolls,
+        tarts, turnips, waffles, wraps, yams
         """
     ),
     "fun": _listed(
-        """balloons, beads, bells, boats, books, bugs, cards, castles, chess, clay, clouds, coins, dolls, dragons, drums, elves,
-        ferns, games, ghosts, hats, ice, jokes, kites, knots, ladders, maps, marbles, masks, mud, music, paint, poems, puddles,
-        puzzles, riddles, rivers, sand, shells, ships, snow, songs, stars, stones, tea, trains, trees, whales, yarn"""
+        """
+        art, beads, bells, boats, bugs, cards, chess, clay, coins, dolls, drums, elves, games, ghosts,
+        hats, ice, jokes, kites, knots, maps, mud, music, paint, poems, rain, sand, ships, snow, songs,
+        stars, trains, yarn
+        """
     ),
     "stuff": _listed(
-        """bark, boards, bricks, canvas, cloth, cork, felt, flour, foil, glue, grass, gravel, hay, ink, lace, leaves, moss, nails,
-        oil, paper, pegs, planks, rags, reeds, sand, string, tape, tin, twigs, wax, wire, wool"""
+        """
+        bark, cloth, cork, felt, foam, foil, glue, grass, hay, ink, lace, leaves, moss, nails, oil, paper,
+        pegs, rags, reeds, string, tape, twigs, wax, wool
+        """
     ),
     "good": _listed(
-        """amazed, brave, bright, calm, cheerful, cozy, eager, fine, free, glad, great, happy, hopeful, jolly, keen, lucky, merry,
-        loved, nice, peaceful, perky, pleased, proud, rested, safe, smart, snug, strong, sure, thrilled, warm, wise"""
+        """
+        brave, bright, calm, cozy, eager, fine, free, glad, great, happy, jolly, keen, lucky, merry, nice,
+        pleased, proud, rested, safe, snug, strong, sure, warm, wise
+        """
     ),
     "bad": _listed(
-        """afraid, alone, angry, awful, bitter, blue, cold, cross, dizzy, faint, gloomy, glum, grim, hurt, ill, jumpy, lonely, lost,
-        mad, nervous, numb, poor, sad, shaky, sick, small, sore, sorry, tired, upset, weak, worried"""
+        """
+        afraid, alone, angry, awful, blue, cold, cross, dizzy, faint, glum, grim, hurt, ill, jumpy, lost,
+        mad, numb, poor, sad, sick, sore, tired, upset, weak
+        """
     ),
     "dismay": _listed(
-        """Alas, Boo, Dear me, Drat, Gosh, Help, How awful, Mercy, Not again, Oh no, Oops, Ouch, Rats, Ugh, What now, Yikes"""
+        """
+        Alas, Boo, Dear me, Drat, Gosh, Help, How awful, Mercy, Not again, Oh no, Oops, Ouch, Rats, Ugh,
+        What now, Yikes
+        """
     ),
     "joy": _listed(
-        """Aha, Bravo, Cheers, Done, Finally, Good, Hooray, I did it, Just look, Lovely, Magic, Perfect, Super, What fun, Wow, Yes"""
+        """
+        Aha, Bravo, Cheers, Done, Finally, Good, Hooray, Just look, Lovely, Magic, Perfect, Super, Thanks,
+        What fun, Wow, Yes
+        """
     ),
     "skill": _listed(
-        """bake bread, climb trees, dance, dive, fish, ice-skate, juggle, knit, milk a cow, paint, play chess, read, ride a pony,
-        row, sew, ski, swim, tie knots, walk on stilts, whistle"""
+        """
+        climb, cook, dance, dive, fish, juggle, knit, paint, read, row, sew, skate, ski, spell, swim,
+        whistle
+        """
     ),
-    "weather": _listed("fog, frost, hail, lightning, mist, rain, sleet, snow, thunder, wind"),
-    "cart": _listed("barrow, boat, bus, cart, raft, sled, tractor, truck, van, wagon"),
+    "weather": _listed("fog, frost, hail, mist, rain, sleet, snow, wind"),
+    "cart": _listed("bike, boat, bus, cart, raft, sled, truck, van"),
 }
 
 # Lists whose words may come back: those that describe.
 DESCRIPTIONS = {
     "number": tuple(str(number) for number in range(2, 100)),
+    "minute": tuple(str(minute) for minute in range(10, 60)),
+    "morning": tuple(str(hour) for hour in range(6, 12)),
+    "afternoon": ("12", "1", "2", "3", "4", "5"),
     "adj": _listed(
         """
-        big, broad, bumpy, clean, cold, cool, crooked, curly, cute, damp, dark, dry, dull, dusty, famous,
-        fancy, fat, fine, flat, fresh, frozen, funny, fuzzy, giant, good, grand, great, heavy, hot, huge,
-        icy, jumbo, knobby, large, light, little, long, lovely, lucky, magic, mighty, muddy, narrow, neat,
-        new, nice, odd, old, perfect, plain, pretty, quaint, rare, rough, round, shiny, short, simple,
-        slim, small, smooth, soft, special, spotted, square, sticky, strange, striped, sturdy, sweet, tall,
-        thick, thin, tiny, ugly, warm, wet, wide
+        bent, big, clean, cold, cool, cute, damp, dark, dry, dull, dusty, fancy, fat, fine, flat, fresh,
+        giant, good, grand, heavy, hot, huge, icy, jumbo, large, light, little, long, lovely, lucky, magic,
+        muddy, neat, new, nice, odd, old, plain, pretty, rare, rough, round, shiny, short, simple, slim,
+        small, soft, strange, tall, thin, tiny, ugly, warm, wet, wide
         """
     ),
     "color": _listed(
         """
-        amber, aqua, beige, black, blue, bronze, brown, coral, cream, crimson, gold, gray, green, indigo,
-        ivory, lilac, mint, navy, orange, pink, purple, red, rose, ruby, scarlet, silver, tan, teal,
-        turquoise, violet, white, yellow
+        amber, black, blue, brown, coral, cream, gold, gray, green, ivory, lilac, mint, navy, orange, pink,
+        purple, red, rose, silver, tan, teal, violet, white, yellow
         """
     ),
     "day": _listed(
-        """breezy, bright, chilly, clear, cloudy, cold, cool, damp, dry, dull, fine, foggy, frosty, golden, gray, hazy, hot, lazy,
-        mild, misty, quiet, rainy, snowy, still, stormy, sunny, warm, wet, windy"""
+        """
+        bright, chilly, clear, cloudy, cold, cool, dry, foggy, frosty, gray, hot, lazy, misty, rainy,
+        snowy, still, stormy, sunny, warm, windy
+        """
     ),
     "place": _listed(
-        """arch, bank, barn, bench, boulder, bridge, brook, cabin, castle, cave, church, cliff, dam, dock, elm, farm, fence, fort,
-        garden, gate, grove, hedge, hill, house, hut, inn, kiln, lake, ledge, mill, mine, oak, orchard, palace, park, pier, pine,
-        pond, pump, quarry, reef, river, rock, school, shed, shop, stable, statue, stump, swamp, temple, tower, tree, tunnel,
-        valley, wall, well, willow, yard, zoo"""
+        """
+        arch, bank, barn, bench, bridge, brook, cabin, cave, church, cliff, dam, dock, elm, farm, fence,
+        fort, garden, gate, hedge, hill, house, hut, inn, kiln, lake, ledge, mill, mine, oak, orchard,
+        palace, park, pier, pond, pump, reef, river, rock, school, shed, shop, stable, tower, tree, wall,
+        well, yard, zoo
+        """
     ),
-    "near": ("behind", "beside", "by", "near", "past"),
+    "near": _listed("behind, by, near, past"),
     "went": _listed(
-        """came, crept, danced, hiked, hopped, hurried, jogged, marched, raced, ran, rode, rushed, skipped, strolled, tiptoed,
-        trotted, walked, went"""
+        """
+        came, crept, danced, hiked, hopped, jogged, marched, raced, ran, rode, rushed, skipped, strolled,
+        trotted, walked, went
+        """
     ),
-    "said": _listed("called, cried, gasped, laughed, mumbled, said, sang, shouted, whispered, yelled"),
+    "said": _listed("called, cried, gasped, laughed, said, sang, shouted, yelled"),
     "how": _listed(
-        """boldly, bravely, calmly, eagerly, firmly, gently, gladly, happily, kindly, loudly, merrily, neatly, nicely,
-        politely, proudly, quickly, quietly, shyly, slowly, softly, sweetly, warmly, wisely"""
+        """
+        bravely, calmly, eagerly, firmly, gently, gladly, happily, kindly, loudly, neatly, politely,
+        proudly, quickly, shyly, slowly, warmly
+        """
     ),
 }

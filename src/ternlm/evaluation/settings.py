@@ -1,5 +1,7 @@
 """The `evaluation` section of a run's settings."""
 
+from pydantic import Field
+
 from ternlm.settings import Count, Float, Settings
 
 
@@ -16,11 +18,11 @@ class EvaluationSettings(Settings):
         temperature, top_p: How samples are drawn; temperature 0 is greedy.
     """
 
-    every_steps: Count = 250
-    max_tokens: Count | None = 500_000
-    batch_size: Count | None = None
-    sample_every_steps: Count | None = None
+    every_steps: Count = Field(default=250, ge=1)
+    max_tokens: Count | None = Field(default=500_000, ge=1)
+    batch_size: Count | None = Field(default=None, ge=1)
+    sample_every_steps: Count | None = Field(default=None, ge=1)
     prompts: tuple[str, ...] = ("Once upon a time",)
-    sample_tokens: Count = 100
-    temperature: Float = 0.8
-    top_p: Float = 0.95
+    sample_tokens: Count = Field(default=100, ge=1)
+    temperature: Float = Field(default=0.8, ge=0)
+    top_p: Float = Field(default=0.95, gt=0, le=1)

@@ -30,7 +30,7 @@ def model_settings(values: dict[str, Any]) -> ModelSettings:
         SettingsError: The family or a setting is unknown, or a shape does not fit.
     """
     family = values.get("family", "bitnet")
-    if family not in MODELS:
+    if not isinstance(family, str) or family not in MODELS:
         raise SettingsError(f"unknown model family '{family}'. Choose one of: {', '.join(MODELS)}.")
     return MODELS[family].settings.from_mapping(values, "model")
 

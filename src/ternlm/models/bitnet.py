@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -57,11 +57,11 @@ class BitNetSettings(ModelSettings):
     intermediate_size: Count = 3072
     hidden_act: Activation = "silu"
     norm_layout: Literal["subln", "prenorm", "double"] = "subln"
-    rope_theta: Float = 10_000.0
-    rms_norm_eps: Float = 1e-5
+    rope_theta: Float = Field(default=10_000.0, gt=0)
+    rms_norm_eps: Float = Field(default=1e-5, gt=0)
     tie_word_embeddings: bool = True
-    initializer_range: Float = 0.02
-    embedding_init_std: Float = 0.02
+    initializer_range: Float = Field(default=0.02, gt=0)
+    embedding_init_std: Float = Field(default=0.02, gt=0)
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> Self:
@@ -175,7 +175,8 @@ class BitNet(LanguageModel):
 
     def initial_state(self, batch_size: int) -> BitNetState:
         settings, table = self.settings, self.rotary
-        shape = (batch_size, settings.num_key_value_heads, settings.max_position_embeddings, table.shape[-1])
+        places = settings.max_position_embeddings + 1  # the last one takes padding, and no token sees it
+        shape = (batch_size, settings.num_key_value_heads, places, table.shape[-1])
         caches = [
             KeyValueCache(*(torch.zeros(shape, dtype=self.compute_dtype, device=table.device) for _ in "kv"))
             for _ in self.model.layers
@@ -216,8 +217,8 @@ class BitNet(LanguageModel):
             lengths = torch.full_like(state.lengths, time)
         if int((state.lengths + lengths).max()) > capacity:
             raise ValueError(f"the state holds {capacity} tokens; start a new one from the last of them")
-        positions = positions.clamp_max(capacity - 1)
-        rotary = self.rotary[:, positions][:, :, None]
+        positions = positions.clamp_max(capacity)
+        rotary = self.rotary[:, positions.clamp_max(capacity - 1)][:, :, None]
         for block, cache in zip(self.model.layers, state.caches, strict=True):
             assert isinstance(block, BitNetBlock)
             x = block.forward_cached(x, rotary, cache, positions)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ternlm.nn.linear import BitLinear, QuantizationMode
@@ -21,7 +22,7 @@ class ModelSettings(Settings):
     """
 
     family: str
-    vocab_size: Count | None = None
+    vocab_size: Count | None = Field(default=None, ge=1)
     max_position_embeddings: Count = 1024
 
     def flops_per_token(self, context: int) -> float:

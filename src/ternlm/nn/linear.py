@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from ternlm.ops.quantize import Granularity, absmean, quantize_rows, write_ternary_codes
@@ -30,7 +31,7 @@ class QuantizationMode(Settings):
     weights: Literal["ternary", "int8", "none"] = "ternary"
     activations: Literal["int8", "int4", "none"] = "int8"
     granularity: Granularity = "tensor"
-    group_size: Count = 128
+    group_size: Count = Field(default=128, ge=1)
 
     @property
     def activation_bits(self) -> int | None:
@@ -92,8 +93,8 @@ class BitLinear(nn.Module):
         """Bring the codes up to date with the latent weights; free when nothing has changed.
 
         Optimizer steps, loading a state dict and in-place edits all raise the version counter of
-        the parameter. A compiled graph cannot read it, so a compiled model must be refreshed from
-        outside, before the graph runs.
+        the parameter, except fused optimizers: for those `training.optimizer` raises it. A compiled
+        graph cannot read it, so a compiled model must be refreshed from outside, before the graph runs.
         """
         if not self._is_quantized:
             return

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from ternlm.ops.rms_norm import rms_norm
+
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * g, statistics in float32, gain applied in the dtype of x.
@@ -22,6 +24,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., features) -> (..., features), same dtype."""
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)

@@ -10,13 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ternlm.ops.row_blocks import row_blocks
+
 Granularity = Literal["tensor", "row", "group"]
 
 EPS = 1e-5
 """Smallest weight scale and smallest activation maximum, so that zeros stay finite."""
-
-_ROUNDING_CHUNK = 1 << 18
-"""Elements rounded at a time: the float32 intermediate (1 MiB) then stays in the L2 cache."""
 
 
 def ternarize(
@@ -73,10 +72,8 @@ def write_ternary_codes(weight: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
         codes: int8, (out_features, in_features), contiguous.
     """
     inverse = _per_element(scale.reciprocal(), weight.shape[1]).expand(weight.shape[0], -1)
-    rows = max(1, _ROUNDING_CHUNK // weight.shape[1]) if weight.device.type == "cpu" else weight.shape[0]
-    for start in range(0, weight.shape[0], rows):
-        part = slice(start, start + rows)
-        codes[part] = (weight[part].float() * inverse[part]).round_().clamp_(-1, 1)
+    for block in row_blocks(weight):
+        codes[block] = (weight[block].float() * inverse[block]).round_().clamp_(-1, 1)
     return codes
 
 
@@ -110,14 +107,17 @@ def quantize_activation(x: Tensor, bits: int = 8, eps: float = EPS) -> tuple[Ten
         Ma et al. 2024 (arXiv 2402.17764), section 2; per-token absmax as in BitNet (arXiv 2310.11453).
     """
     levels = 2 ** (bits - 1) - 1
-    largest = x.detach().abs().amax(dim=-1, keepdim=True).float()
-    scale = levels / largest.clamp_min(eps)
-    return (x.detach() * scale).round_().to(torch.int8), scale
+    rows = x.detach().reshape(-1, x.shape[-1])
+    scale = levels / rows.abs().amax(dim=-1, keepdim=True).float().clamp_min(eps)
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
+    for block in row_blocks(rows):
+        codes[block] = (rows[block] * scale[block]).round_()
+    return codes.view(x.shape), scale.view(*x.shape[:-1], 1)
 
 
-def dequantize_weight(codes: Tensor, scale: Tensor) -> Tensor:
-    """codes * scale in float32, for any granularity. (out_features, in_features)."""
-    return codes * _per_element(scale, codes.shape[1])
+def dequantize_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """codes * scale for any granularity, (out_features, in_features); exact when dtype is float32."""
+    return codes.to(dtype) * _per_element(scale, codes.shape[1]).to(dtype)
 
 
 def _per_element(scale: Tensor, in_features: int) -> Tensor:

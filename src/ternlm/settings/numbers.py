@@ -4,6 +4,7 @@ YAML 1.1 reads `1e6` and `3e-4` as text, and no format knows `2B`; these parsers
 setting types, make every source (YAML, JSON, command line) mean the same thing.
 """
 
+import math
 import re
 from typing import Annotated, Any
 
@@ -20,7 +21,9 @@ _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)\s*([dhms])", re.IGNORECASE)
 
 
 def parse_float(value: Any) -> Any:
-    """`3e-4`, `1_000`, `2B`, `25%` as a float; anything that is not text is returned unchanged."""
+    """`3e-4`, `1_000`, `2B`, `25%` as a float; a number is returned unchanged, and what is no finite number refused."""
+    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+        raise ValueError(f"{value} is not a finite number")
     if not isinstance(value, str):
         return value
     text = value.replace("_", "").strip()
@@ -55,20 +58,20 @@ def parse_bytes(value: Any) -> Any:
 def parse_duration(value: Any) -> Any:
     """`90`, `45s`, `2h30m`, `1d` as seconds."""
     if not isinstance(value, str):
-        return value
+        return parse_float(value)
     text = value.replace(" ", "")
     parts = _DURATION_PART.findall(text)
     if parts and "".join(number + unit for number, unit in parts) == text:
         return float(sum(float(number) * _SECONDS[unit.lower()] for number, unit in parts))
     try:
-        return float(text)
+        return float(parse_float(float(text)))
     except ValueError:
         raise ValueError(f"'{value}' is not a duration; write 90, 45s, 2h30m or 1d") from None
 
 
 def _split(text: str, original: str) -> tuple[float, str]:
     match = _NUMBER.fullmatch(text)
-    if match is None:
+    if match is None or not math.isfinite(float(match[1])):
         raise ValueError(f"'{original}' is not a number")
     return float(match[1]), match[2]
 

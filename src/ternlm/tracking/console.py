@@ -80,8 +80,11 @@ class ConsoleTracker(Tracker):
     def _keep(self, text: str) -> None:
         if self._log_file is not None:
             stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            with self._log_file.open("a", encoding="utf-8") as file:
-                file.write(f"{stamp} {text}\n")
+            try:
+                with self._log_file.open("a", encoding="utf-8") as file:
+                    file.write(f"{stamp} {text}\n")
+            except OSError:  # the sentence that would say so could not be kept either
+                self._log_file = None
 
 
 def training_numbers(row: Row) -> str:

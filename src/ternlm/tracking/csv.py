@@ -29,7 +29,7 @@ class CsvTracker(Tracker):
 
 
 def _append(file: Path, header: list[str], values: list[object]) -> None:
-    is_new = not file.exists()
+    is_new = not file.exists() or not file.stat().st_size
     with file.open("a", newline="") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         if is_new:

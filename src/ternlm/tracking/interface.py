@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from pydantic import Field
+
 from ternlm.settings import Count, Settings
 
 Kind = Literal["train", "eval", "sample"]
@@ -19,7 +21,7 @@ class TrackingSettings(Settings):
         tensorboard: Also write TensorBoard events to `logs/tensorboard`.
     """
 
-    every_steps: Count = 10
+    every_steps: Count = Field(default=10, ge=1)
     csv: bool = True
     tensorboard: bool = True
 

@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from ternlm.models import Output
@@ -19,7 +20,7 @@ class ObjectiveSettings(Settings):
     """
 
     name: Literal["causal"] = "causal"
-    z_loss: Float = 0.0
+    z_loss: Float = Field(default=0.0, ge=0)
 
 
 class LossSums(NamedTuple):

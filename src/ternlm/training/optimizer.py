@@ -62,7 +62,7 @@ def build_optimizer(model: LanguageModel, settings: OptimizerSettings) -> torch.
     rest = [p for p in model.parameters() if id(p) not in matrices]
     groups = [{"params": decayed, "name": "matrices"}, {"params": rest, "name": "rest"}]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         groups,
         lr=settings.learning_rate,
         betas=settings.betas,
@@ -70,6 +70,9 @@ def build_optimizer(model: LanguageModel, settings: OptimizerSettings) -> torch.
         weight_decay=0.0,
         fused=fused,
     )
+    # The fused kernels write parameters without raising their versions, by which layers know that codes are stale.
+    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version([*decayed, *rest]))
+    return optimizer
 
 
 def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
@@ -91,11 +94,13 @@ def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) ->
 def load_optimizer_tensors(
     model: LanguageModel, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave.
+    """Put back what `optimizer_tensors` gave; nothing is what an optimizer gives that has never stepped.
 
     Raises:
         CheckpointError: A tensor is missing or has another shape.
     """
+    if not tensors:
+        return
     for name, parameter in model.named_parameters():
         state: dict[str, Tensor] = {}
         for quantity in ("step", "exp_avg", "exp_avg_sq"):

@@ -45,6 +45,7 @@ class ScheduleSettings(Settings):
         for name in (
             "warmup_fraction",
             "min_lr_ratio",
+            "second_peak_ratio",
             "decay_fraction",
             "stage_boundary",
             "weight_decay_until",

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from ternlm import checkpoint
+from ternlm.data.loader import require_one_window
 from ternlm.data.preparation import Prepared
 from ternlm.device import choose_device, set_up
 from ternlm.errors import CheckpointError, SettingsError, TokenizerError
@@ -60,6 +61,8 @@ def start(
     settings = with_vocab_size(settings, prepared)
     if resume_from is not None:
         _require_same_tokenizer(resume_from, prepared)
+    require_one_window(prepared.corpus.split("train"), settings.data.sequence_length)
+    prepared.corpus.split("validation")  # missing, it would stop the run at its first evaluation
     run.create()
     with run.locked():
         write_config(run, settings, resolved.origins)
@@ -156,7 +159,7 @@ def _require_same_tokenizer(path: Path, prepared: Prepared) -> None:
 
 def _require_same_data(path: Path, prepared: Prepared) -> None:
     state = checkpoint.read_training_state(path)[2]
-    if state["data_fingerprint"] != prepared.corpus.fingerprint:
+    if state.get("data_fingerprint") != prepared.corpus.fingerprint:
         raise CheckpointError(
             f"the prepared data in '{prepared.corpus.directory}' are not what '{path}' was trained on. "
             "Restore the source files, or start a new run with: ternlm train --resume-from CHECKPOINT --run-id NEW"

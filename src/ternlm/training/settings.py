@@ -49,14 +49,14 @@ class TrainingSettings(Settings):
     batch_size: Count = 16
     micro_batch_size: Count | Literal["auto"] = "auto"
     gradient_accumulation_steps: Count | None = None
-    grad_clip: Float = 1.0
+    grad_clip: Float = Field(default=1.0, ge=0)
     precision: Precision = "auto"
     device: str = "auto"
     threads: Count | None = None
     compile: bool = False
     gradient_checkpointing: bool = False
     deterministic: bool = False
-    seed: Count = 0
+    seed: Count = Field(default=0, ge=0)
     checkpoint_every_steps: Count = 500
     keep_last: Count = Field(default=2, ge=2)
     keep_every: Count | None = None
@@ -157,7 +157,8 @@ ALIASES = {
     "norm_eps": "model.rms_norm_eps", "embeddings_tied": "model.tie_word_embeddings",
     "norm_placement": "model.norm_layout",
     "weight_bits": "quantization.weights", "activation_bits": "quantization.activations",
-    "path": "data.source", "data_path": "data.source", "data_dir": "data.source", "dataset": "data.source",
+    "data": "data.source", "path": "data.source", "data_path": "data.source", "data_dir": "data.source",
+    "dataset": "data.source",
     "val_fraction": "data.validation_fraction", "max_samples": "data.max_documents",
     "seq_len": "data.sequence_length", "seq_length": "data.sequence_length", "max_length": "data.sequence_length",
     "per_device_train_batch_size": "training.micro_batch_size",

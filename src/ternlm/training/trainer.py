@@ -12,7 +12,7 @@ from ternlm import checkpoint
 from ternlm.data.corpus import Corpus
 from ternlm.data.loader import Loader
 from ternlm.device import choose_device, choose_dtype, peak_memory_mb
-from ternlm.errors import Interrupted, Preempted, TernlmError
+from ternlm.errors import CheckpointError, Interrupted, Preempted, TernlmError
 from ternlm.evaluation.evaluate import EvaluationResult, evaluate, require_fitting
 from ternlm.generation import SamplingSettings, generate
 from ternlm.models import LanguageModel, build_model
@@ -166,7 +166,7 @@ class Trainer:
             "val/bpb": result.bpb,
             "val/accuracy": result.accuracy,
             "val/top5_accuracy": result.top5_accuracy,
-            **{name: value for name, value in result.as_dict().items() if name not in ("loss", "perplexity")},
+            **{name: value for name, value in result.as_dict().items() if name not in ("loss", "perplexity", "wall_s")},
         }
         self.trackers.log("eval", row)
         self.progress.last_evaluation = {"step": self.progress.step, "loss": result.loss, "bpb": result.bpb}
@@ -218,8 +218,10 @@ class Trainer:
         tensors, optimizer, state = checkpoint.read_training_state(path)
         checkpoint.load_tensors(self.model, tensors, path)
         load_optimizer_tensors(self.model, self.optimizer, optimizer)
-        self.progress = Progress(**state["progress"])
-        self._loss_scale = state["loss_scale"]
+        try:
+            self.progress, self._loss_scale = Progress(**state["progress"]), state["loss_scale"]
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"'{path}' holds no position to go on from ({error}). Use another one.") from None
 
     def _contents(self) -> checkpoint.Contents:
         state = {

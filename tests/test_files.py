@@ -1,0 +1,96 @@
+"""Durable writing: a file is new and complete or the old one is untouched, also when the system refuses half-way."""
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ternlm import files
+
+
+def test_a_written_file_holds_exactly_the_content(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 37
+    files.write_durably(tmp_path / "a", content)
+    assert (tmp_path / "a").read_bytes() == content
+
+
+def test_writing_never_replaces_or_follows_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    for name in ("kept", "link"):
+        with pytest.raises(FileExistsError):
+            files.write_durably(tmp_path / name, b"new")
+    assert (tmp_path / "kept").read_bytes() == b"old"
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_l11_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, view: real(descriptor, bytes(view)[:5]))
+    files.write_durably(tmp_path / "a", b"0123456789abc")
+    assert (tmp_path / "a").read_bytes() == b"0123456789abc"
+
+
+def test_content_reaches_the_disk_before_the_name_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: order.append("fsync"))
+    real = Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        order.append("replace")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    files.replace_durably(tmp_path / "a", b"x")
+    assert order == ["fsync", "replace"]
+
+
+def failing(code: int) -> Callable[..., None]:
+    def fail(*args: object, **options: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize("operation", ["open", "write", "fsync"])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_l11_a_failed_replacement_leaves_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, code: int
+) -> None:
+    files.replace_durably(tmp_path / "a", b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, operation, failing(code))
+        with pytest.raises(OSError, match=os.strerror(code)):
+            files.replace_durably(tmp_path / "a", b"new")
+    assert (tmp_path / "a").read_bytes() == b"old"
+    files.replace_durably(tmp_path / "a", b"newer")
+    assert (tmp_path / "a").read_bytes() == b"newer"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"], "nothing is left over after the next success"
+
+
+def test_no_descriptor_leaks_when_a_write_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else None
+    if before is None:
+        pytest.skip("no /proc here")
+    for n in range(20):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", failing(errno.EIO))
+            with pytest.raises(OSError):
+                files.write_durably(tmp_path / str(n), b"x")
+            with pytest.raises(OSError):
+                files.synchronize_folder(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_json_is_strict_sorted_and_ends_with_a_newline() -> None:
+    text = files.to_json({"b": "é", "a": [1, None, True]})
+    assert text.endswith(b"}\n")
+    assert text.index(b'"a"') < text.index(b'"b"')
+    assert json.loads(text) == {"b": "é", "a": [1, None, True]}
+    assert "é".encode() in text
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError):
+            files.to_json({"a": value})

@@ -1,0 +1,159 @@
+"""The optimizer: decay on quantizable matrices only, every parameter exactly once, state by name."""
+
+import pytest
+import torch
+from builders import random_tokens, tiny_bitnet
+
+from ternlm.errors import CheckpointError, SettingsError
+from ternlm.models import FULL_PRECISION, LanguageModel
+from ternlm.training.optimizer import (
+    OptimizerSettings,
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_rates,
+)
+
+
+def groups(model: LanguageModel) -> dict[str, list[torch.nn.Parameter]]:
+    return {group["name"]: group["params"] for group in build_optimizer(model, OptimizerSettings()).param_groups}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layout", ["subln", "prenorm", "double"])
+@pytest.mark.parametrize("full_precision", [False, True])
+def test_t05_only_bitlinear_weights_decay_and_the_twin_decays_the_same_ones(
+    tied: bool, layout: str, full_precision: bool
+) -> None:
+    mode = FULL_PRECISION if full_precision else None
+    model = tiny_bitnet(mode=mode, tie_word_embeddings=tied, norm_layout=layout)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {names[id(parameter)] for parameter in groups(model)["matrices"]}
+    assert decayed == {
+        f"model.layers.{layer}.{part}.weight"
+        for layer in (0, 1)
+        for part in ("self_attn.qkv", "self_attn.o", "mlp.gate_up", "mlp.down")
+    }
+    rest = {names[id(parameter)] for parameter in groups(model)["rest"]}
+    assert all("norm" in name or "embed" in name or "lm_head" in name for name in rest)
+    assert all(parameter.dim() == 2 for parameter in groups(model)["matrices"])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_t21_every_parameter_is_in_exactly_one_group_once(tied: bool) -> None:
+    model = tiny_bitnet(tie_word_embeddings=tied)
+    pointers = [parameter.data_ptr() for parameters in groups(model).values() for parameter in parameters]
+    assert len(pointers) == len(set(pointers))
+    assert set(pointers) == {parameter.data_ptr() for parameter in model.parameters()}
+
+
+def test_rates_reach_every_group_and_decay_reaches_the_matrices_alone() -> None:
+    optimizer = build_optimizer(tiny_bitnet(), OptimizerSettings())
+    set_rates(optimizer, 1e-3, 0.2)
+    assert {(g["name"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups} == {
+        ("matrices", 1e-3, 0.2),
+        ("rest", 1e-3, 0.0),
+    }
+    set_rates(optimizer, 2e-3, 0.0)
+    assert all(g["lr"] == 2e-3 and g["weight_decay"] == 0.0 for g in optimizer.param_groups)
+
+
+def test_t05_a_step_without_gradient_signal_shrinks_matrices_and_nothing_else() -> None:
+    model = tiny_bitnet()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer = build_optimizer(model, OptimizerSettings())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    set_rates(optimizer, 0.1, 0.5)
+    optimizer.step()
+    matrices = {id(parameter) for parameter in groups(model)["matrices"]}
+    for name, parameter in model.named_parameters():
+        wanted = before[name] * (0.95 if id(parameter) in matrices else 1.0)
+        assert torch.allclose(parameter, wanted, rtol=1e-6, atol=0), name
+
+
+def adamw_by_hand(start: torch.Tensor, gradients: list[torch.Tensor], lr: float, decay: float) -> torch.Tensor:
+    """AdamW with beta (0.9, 0.95) and eps 1e-8 in float64."""
+    value, first, second = start.double(), 0.0, 0.0
+    for t, gradient in enumerate(gradients, 1):
+        gradient = gradient.double()
+        first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient**2
+        value = value * (1 - lr * decay)
+        value = value - lr * (first / (1 - 0.9**t)) / ((second / (1 - 0.95**t)).sqrt() + 1e-8)
+    return value
+
+
+def test_the_update_is_adamw_computed_by_hand() -> None:
+    model = tiny_bitnet()
+    optimizer = build_optimizer(model, OptimizerSettings())
+    parameter = model.get_parameter("model.layers.0.mlp.down.weight")
+    start = parameter.detach().clone()
+    generator = torch.Generator().manual_seed(5)
+    gradients = [torch.randn(parameter.shape, generator=generator) for _ in range(3)]
+    for gradient in gradients:
+        parameter.grad = gradient.clone()
+        set_rates(optimizer, 3e-3, 0.1)
+        optimizer.step()
+    assert torch.allclose(parameter.double(), adamw_by_hand(start, gradients, 3e-3, 0.1), rtol=1e-5, atol=1e-8)
+
+
+def trained() -> tuple[LanguageModel, torch.optim.AdamW]:
+    model = tiny_bitnet()
+    optimizer = build_optimizer(model, OptimizerSettings())
+    model(random_tokens(2, 7)).logits.square().mean().backward()
+    optimizer.step()
+    return model, optimizer
+
+
+def test_state_goes_out_and_in_by_name_bit_for_bit() -> None:
+    model, optimizer = trained()
+    tensors = {name: value.clone() for name, value in optimizer_tensors(model, optimizer).items()}
+    assert set(tensors) == {
+        f"{name}.{quantity}"
+        for name, _ in model.named_parameters()
+        for quantity in ("step", "exp_avg", "exp_avg_sq")
+    }
+    other = build_optimizer(model, OptimizerSettings())
+    load_optimizer_tensors(model, other, tensors)
+    again = optimizer_tensors(model, other)
+    assert all(torch.equal(again[name], value) for name, value in tensors.items())
+    optimizer.state.clear()
+    assert all(torch.equal(again[name], value) for name, value in tensors.items()), "the state is a copy"
+
+
+def test_a_state_that_does_not_fit_is_refused_by_name() -> None:
+    model, optimizer = trained()
+    tensors = optimizer_tensors(model, optimizer)
+    name = "model.norm.weight.exp_avg"
+    for damaged in (
+        {key: value for key, value in tensors.items() if key != name},
+        tensors | {name: torch.zeros(3)},
+    ):
+        with pytest.raises(CheckpointError, match=r"model\.norm\.weight\.exp_avg"):
+            load_optimizer_tensors(model, build_optimizer(model, OptimizerSettings()), damaged)
+
+
+def test_an_optimizer_that_never_stepped_has_no_state_and_takes_none_back() -> None:
+    model = tiny_bitnet()
+    optimizer = build_optimizer(model, OptimizerSettings())
+    assert optimizer_tensors(model, optimizer) == {}
+    load_optimizer_tensors(model, optimizer, {})
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"learning_rate": 0},
+        {"learning_rate": -1e-3},
+        {"learning_rate": ".nan"},
+        {"weight_decay": -0.1},
+        {"eps": 0},
+        {"betas": [0.9, 1.0]},
+        {"betas": [0.9]},
+        {"name": "sgd"},
+    ],
+)
+def test_values_outside_their_range_are_refused(values: dict[str, object]) -> None:
+    with pytest.raises(SettingsError):
+        OptimizerSettings.from_mapping(values, "optimizer")
