@@ -81,12 +81,12 @@ def save(root: Path, step: int, contents: Contents, pinned: str | None = None) -
     target = root / f"step_{step:06d}"
     temporary = root / f".tmp-{target.name}"
     try:
-        for leftover in (temporary, target):  # an unverifiable folder of this name gives way to the new one
-            if leftover.exists():
-                shutil.rmtree(leftover)
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         _write_contents(temporary, step, contents, pinned)
         synchronize_folder(temporary)
+        if target.exists():  # a damaged one, passed over on resume; it gives way only now
+            _remove(target)
         temporary.rename(target)
         synchronize_folder(root)
     except OSError as error:
@@ -242,8 +242,7 @@ def load_tensors(model: LanguageModel, tensors: Mapping[str, Tensor], path: Path
 def prune(root: Path, keep_last: int, keep_every: int | None = None) -> list[int]:
     """Delete checkpoints that policy does not keep, and return their steps.
 
-    Kept are the last `keep_last`, every `keep_every`-th step, the best, and all pinned ones. A folder is
-    renamed before it is deleted, so a half-deleted checkpoint never carries a valid name.
+    Kept are the last `keep_last`, every `keep_every`-th step, the best, and all pinned ones.
     """
     best = root / "best"
     kept = best.read_text(errors="replace").strip() if best.is_file() else ""
@@ -252,13 +251,10 @@ def prune(root: Path, keep_last: int, keep_every: int | None = None) -> list[int
         path = root / f"step_{step:06d}"
         if path.name == kept or (keep_every and step % keep_every == 0) or _is_pinned(path):
             continue
-        doomed = root / f".del-{path.name}"
-        shutil.rmtree(doomed, ignore_errors=True)
         try:
-            path.rename(doomed)
+            _remove(path)
         except OSError as error:
             raise EnvironmentFault(f"old checkpoint '{path}' cannot be removed: {error.strerror}.") from None
-        shutil.rmtree(doomed, ignore_errors=True)
         removed.append(step)
     return removed
 
@@ -377,6 +373,14 @@ def _parse(path: Path, name: str, files: Mapping[str, bytes]) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"'{path / name}' does not hold an object. Use another checkpoint.")
     return value
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint; renamed first, so that a half-deleted one never carries a valid name."""
+    doomed = path.with_name(f".del-{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _is_pinned(path: Path) -> bool:

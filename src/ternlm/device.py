@@ -72,9 +72,8 @@ def set_up(device: torch.device, threads: int | None = None, deterministic: bool
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     if device.type == "cuda":
-        # Integer sums must stay exact (docs/architecture.md), and float32 matmuls may use TF32.
+        # Integer sums must stay exact (docs/architecture.md).
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        torch.backends.cuda.matmul.allow_tf32 = True
     else:
         keep_freed_memory()
 

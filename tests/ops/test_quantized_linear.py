@@ -8,6 +8,7 @@ from torch import Tensor
 
 from builders import randn
 from ternlm.ops import quantized_linear as module
+from ternlm.ops import row_blocks
 from ternlm.ops.quantize import dequantize_weight, quantize_activation, quantize_rows, ternarize
 from ternlm.ops.quantized_linear import per_row, quantized_linear, quantized_linear_reference
 
@@ -192,3 +193,14 @@ def test_q23_scales_that_are_no_powers_of_two_stay_finite_and_exact() -> None:
         (plain,) = quantized_linear_reference(x, weight * factor, codes, scale, (15,))
         assert bool(torch.isfinite(y).all())
         torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-5 * scale.item())
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
+def test_working_in_blocks_of_rows_changes_no_bit(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for elements in (1 << 16, 30, 1):
+        monkeypatch.setattr(row_blocks, "ELEMENTS", elements)
+        outputs, *gradients = run(quantized_linear, *operands(granularity), SIZES)
+        results.append([*outputs, *gradients])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))

@@ -18,13 +18,10 @@ PHRASES = {
     "someone": ("child", "[animal]"),
     "where": ("the [adj] [place]",),
     "spot": ("[near] the [adj] [place]",),
-    "item": ("[a adj] [color] [thing]",),
+    "item": ("[a adj] [thing]",),
     "food": ("[number] [adj] [foods]",),
-    "dream": ("[color] [fun]",),
-    "scrap": ("[color] [stuff]",),
-    "toys": ("[item] and [item]", "[item], [item] and [item]"),
-    "meal": ("[food] and [food]", "[food], [food] and [food]"),
-    "items": ("[item] and [food]", "[food] and [item]"),
+    "toys": ("[item], [item] and [item]",),
+    "items": ("[item] and [food]", "[item], [item] and [food]"),
     "close": ("[glad] [last]", "[glad]", "[last]"),
 }
 
@@ -32,109 +29,83 @@ SENTENCES = {
     # The hero and an outing.
     "start": _lines(
         """
-        At [morning]:[minute] one [day] day, [who], [a trait] [kind], [went] to [where] with [items].
-        "What [a day] day!" [said] [who], [a trait] [kind]. At [morning]:[minute], {h.he} [went] to [where] with [items].
-        [who] was [a trait] [kind] who loved [dream], [dream] and [dream]. One [day] day, {h.he} [went] to [where] with [items].
-        At [number] [^place] Road lived [who], [a trait] [kind]. One [day] day, {h.he} [went] to [where] with [items].
+        One [day] day, [who], [a trait] [kind], [went] to [where] with [items].
+        "What [a day] day!" [said] [who], [a trait] [kind]. {h.He} [went] to [where] with [items].
+        [who] was [a trait] [kind] who loved [fun], [fun] and [fun]. One [day] day, {h.he} [went] to [where] with [items].
         """
     ),
     # What many plots share.
     "sorrow": _lines(
         """
-        "[dismay]!" [said] {h}, [bad] and [bad].
+        "[dismay]! [dismay]!" [said] {h}, [bad] and [bad].
         {h} felt [bad], [bad] and [bad].
-        "[dismay]! [dismay]!" [said] {h} and sat down [spot].
         """
     ),
-    "arrival": _lines(
-        """
-        At [afternoon]:[minute], [friend], [a trait] [someone], [went] by with [items].
-        Then {h.he} met [friend], [a trait] [someone] with [items].
-        """
-    ),
+    "arrival": ("Then [friend], [a trait] [someone], [went] by with [items].",),
     "glad": _lines(
         """
-        {h} felt [good], [good] and [good].
-        {h} was as [good] as [a trait] [animal] with [items].
-        "[joy]! [joy]!" [said] {h}, [good] and [good].
+        {h} felt [trait], [trait] and [trait].
+        {h} was as [trait] as [a trait] [animal] with [items].
+        "[joy]! [joy]!" [said] {h}, [trait] and [trait].
         """
     ),
     "last": _lines(
         """
-        That night {h.he} dreamed of [dream], [dream] and [dream].
-        For supper there were [meal].
-        On the way home, {h.he} sang about [dream], [dream] and [dream].
+        That night {h.he} dreamed of [fun], [fun] and [fun].
+        At home {h.he} ate [food] and [food].
         """
     ),
     "gift": _lines(
         """
-        {f} [how] gave {h} [items].
-        {h} and {f} ate [meal].
-        {h} and {f} played with [toys].
+        {f} [how] gave {h.him} [items].
+        They ate [food], [food] and [food].
+        They played with [toys].
         """
     ),
     # Lost and found.
-    "lost": ("But [spot], {h.his} [adj] [color] [thing:t] was gone!",),
+    "lost": ("But [spot], {h.his} [adj] [thing:t] was gone!",),
     "search": ("{h.He} looked [spot], [spot] and [spot], but found only [items].",),
-    "found": ('"Your {t} is [spot]!" [said] {f} [how].',),
-    # Sharing.
-    "hunger": ("At [afternoon]:[minute], {h.he} sat down [spot] to eat [meal].",),
-    "hungry": ('Then {h.he} met [friend], [a trait] [someone]. "I have only [food]," [said] {f}.',),
-    "share": ("{h} [how] gave {f} [meal].",),
-    # A fear overcome.
-    "fear": ("But to get home, {h.he} had to pass [a trait] [color] [animal] [spot].",),
-    "courage": ("{h} [how] held [item] and [item] and took [number] steps.",),
-    "over": ("It was no worse than [a trait] [animal] with [items].",),
-    # A cart that is stuck.
-    "stuck": ("{f.His} [adj] [color] [cart:t] was stuck [spot]. They took out [items], but it did not move.",),
-    "lever": ("{h} [how] put [scrap], [scrap] and [scrap] under the {t}, and out it came!",),
+    "found": ('"The {t} is [spot]!" [said] {f} [how].',),
     # A broken thing mended.
-    "broken": ("But [spot], {h.his} [adj] [color] [thing:t] fell apart.",),
-    "mended": ("They [how] mended the {t} with [scrap], [scrap] and [scrap].",),
+    "broken": ("But [spot], {h.his} [adj] [thing:t] fell apart.",),
+    "mended": ("They [how] mended the {t} with [toys].",),
+    # Sharing.
+    "hunger": ("At noon {h.he} sat [spot] and ate [food] and [food].",),
+    "share": ('"I have no food," [said] {f} [how]. {h} [how] gave {f.him} [food] and [food].',),
+    # A fear overcome.
+    "fear": ("But [spot] stood [a trait] [animal] with [items].",),
+    "courage": ("{h.He} [how] took [number] steps, and then it was not so bad.",),
+    # Helping a friend.
+    "stuck": ("But [spot], {f.his} [adj] [thing:t] got stuck.",),
+    "pull": ("They pulled [how] with [toys], and out it came!",),
     # A surprise.
-    "hiding": ("But everyone hid, one [spot], one [spot] and one [spot].",),
-    "surprise": ('"Surprise!" [said] [friend], [a trait] [someone]. It was {h.his} birthday!',),
+    "hiding": ("But everyone hid, [spot], [spot] and [spot].",),
+    "surprise": ('"Surprise!" [said] [friend], [a trait] [someone] with [items].',),
     # The weather spoils a plan.
-    "plan": ('"Come and play with [toys]!" [said] {f}.',),
-    "spoiled": ("But then came [weather], [weather] and [weather].",),
-    "shelter": ("They [went] into [where] and made a fort from [scrap], [scrap] and [scrap].",),
-    # A skill learned.
-    "wish": ("{h.He} wanted to [skill:t]. {h.He} tried it with [item] and with [item], but fell down.",),
-    "mastery": ("After [number] days, {h} could {t} like [a trait] [animal].",),
+    "rain": ("But [spot], it rained on [items].",),
+    "shelter": ("They [went] to [where] and made a fort from [toys].",),
     # A new friend.
     "alone": ("[^spot] sat [friend], [a trait] [someone], [bad] and [bad].",),
-    "hello": ('"Do you like [dream]?" [said] {h}. "No," [said] {f}, "but I like [dream] and [dream]."',),
+    "hello": ('"Do you like [fun]?" [said] {h}. "No," [said] {f}, "but I like [fun] and [fun]."',),
     # A promise kept.
-    "promise": ("But {h.he} had promised to bring [food] to [where].",),
-    "duty": ("But {h} [how] kept {h.his} promise and came back with [items].",),
-    # Seeds.
-    "sowing": ("[^spot], {h.he} [how] planted [number] [color] seeds.",),
-    "waiting": ("{h.He} put [scrap] and [scrap] around them and waited [number] days.",),
-    "harvest": ("Then one [day] day there were [meal].",),
+    "promise": ("But {h.he} had promised to bring [items] to [where].",),
+    "kept": ("They [how] [went] there and kept the promise.",),
     # A trade.
-    "desire": ("{h.He} wanted [a adj] [color] [thing:t] but had only [item].",),
-    "trade": ("{h} traded it for [item], that for [item], and that for [food].",),
-    "bargain": ("At last {h} traded [food] and [item] for the {t}.",),
-    # A lost baby animal.
-    "baby": ("[^spot] sat a baby [animal], [bad] and [bad].",),
-    "comfort": ("{h} [how] gave it [meal].",),
-    "mother": ("At [afternoon]:[minute], its mother [went] by with [items].",),
+    "desire": ("But {h.he} wanted [a adj] [thing:t] and had only [item].",),
+    "trade": ("{h.He} traded it for [item], that for [item], and that for the {t}.",),
     # The plots, paragraph by paragraph.
     "story": _lines(
         """
         [start] | [lost] [sorrow] [search] | [arrival] [found] [gift] [close]~
-        [start] | [hunger] [hungry] | [share] [gift] [close]~
-        [start] | [fear] [sorrow] | [courage] [over] [close]~
-        [start] | [arrival] [stuck] | [lever] [gift] [close]~
         [start] | [broken] [sorrow] | [arrival] [mended] [gift] [close]~
+        [start] | [hunger] [arrival] | [share] [gift] [close]~
+        [start] | [fear] [sorrow] | [courage] [close]~
+        [start] | [arrival] [stuck] | [pull] [gift] [close]~
         [start] | [hiding] [sorrow] | [surprise] [gift] [close]~
-        [start] | [arrival] [plan] | [spoiled] [shelter] [gift] [close]~
-        [start] | [wish] [sorrow] | [arrival] [mastery] [gift] [close]~
+        [start] | [arrival] [rain] | [shelter] [gift] [close]~
         [start] | [alone] [hello] | [gift] [close]~
-        [start] | [promise] [arrival] [plan] | [duty] [gift] [close]~
-        [start] | [sowing] [waiting] | [harvest] [arrival] [gift] [close]~
-        [start] | [desire] [trade] | [bargain] [close]~
-        [start] | [baby] [sorrow] [comfort] | [mother] [close]~
+        [start] | [promise] [arrival] | [kept] [gift] [close]~
+        [start] | [desire] [sorrow] | [trade] [close]~
         """
     ),
 }

@@ -30,23 +30,26 @@ WORDS = {
     ),
     "animal": _listed(
         """
-        ant, ape, bat, bear, bee, bull, cat, cow, crab, crow, deer, dog, dove, duck, eel, elk, fish, fox,
-        frog, goat, goose, hare, hawk, hen, horse, jay, koala, lamb, lion, mole, mouse, newt, otter, owl,
-        ox, panda, pig, pony, rabbit, rat, seal, sheep, snail, swan, tiger, toad, wolf, yak
+        ant, ape, badger, bat, bear, bee, bug, bull, camel, cat, cow, crab, crow, deer, dog, dove, duck,
+        eel, elk, fish, fox, frog, goat, goose, hare, hawk, hen, horse, jay, koala, lamb, lion, llama,
+        mole, moose, mouse, mule, newt, otter, owl, ox, panda, parrot, pig, pony, quail, rabbit, rat,
+        raven, robin, seal, sheep, skunk, snail, snake, stork, swan, tiger, toad, turtle, weasel, wolf,
+        yak, zebra
         """
     ),
     "trait": _listed(
         """
-        bold, brave, busy, calm, clever, curious, eager, funny, gentle, grumpy, happy, hungry, jolly, kind,
-        lazy, lonely, loud, merry, messy, noisy, polite, proud, quick, quiet, shy, silly, sleepy, smart,
-        timid, wild, wise, young
+        bold, brave, bright, busy, calm, cheery, clever, cozy, curious, eager, friendly, funny, gentle,
+        glad, happy, hopeful, jolly, keen, kind, lively, loud, merry, mighty, noisy, perky, polite, proud,
+        quick, quiet, safe, shy, silly, smart, snug, strong, wild, wise, witty
         """
     ),
     "thing": _listed(
         """
-        ball, bed, bell, belt, book, boot, bow, box, broom, can, chair, clock, coat, cup, dish, doll, drum,
-        fan, flag, flute, fork, hat, hook, horn, jar, jug, key, kite, lamp, map, mask, mug, net, oar, pan,
-        pen, pipe, pot, quilt, ring, rope, saw, shoe, tent, top, toy, vase, wig
+        apron, ball, basket, bed, bell, belt, book, boot, bow, box, broom, brush, bucket, button, can,
+        chair, clock, coat, comb, cup, dish, doll, drum, fan, flag, flute, fork, glove, hammer, hat, hook,
+        horn, jar, jug, kettle, key, kite, lamp, map, mask, mug, net, oar, pail, pan, pen, pillow, pipe,
+        pot, puppet, quilt, rake, ring, rope, saw, scarf, shoe, spoon, stool, tent, top, vase, whistle, wig
         """
     ),
     "foods": _listed(
@@ -63,22 +66,11 @@ WORDS = {
         stars, trains, yarn
         """
     ),
-    "stuff": _listed(
-        """
-        bark, cloth, cork, felt, foam, foil, glue, grass, hay, ink, lace, leaves, moss, nails, oil, paper,
-        pegs, rags, reeds, string, tape, twigs, wax, wool
-        """
-    ),
-    "good": _listed(
-        """
-        brave, bright, calm, cozy, eager, fine, free, glad, great, happy, jolly, keen, lucky, merry, nice,
-        pleased, proud, rested, safe, snug, strong, sure, warm, wise
-        """
-    ),
     "bad": _listed(
         """
-        afraid, alone, angry, awful, blue, cold, cross, dizzy, faint, glum, grim, hurt, ill, jumpy, lost,
-        mad, numb, poor, sad, sick, sore, tired, upset, weak
+        afraid, alone, angry, awful, bitter, blue, cross, dizzy, faint, gloomy, glum, grim, hurt, ill,
+        jumpy, lonely, lost, mad, nervous, numb, poor, sad, shaky, sick, small, sore, sorry, tearful,
+        tired, upset, weak, weary
         """
     ),
     "dismay": _listed(
@@ -93,34 +85,18 @@ WORDS = {
         What fun, Wow, Yes
         """
     ),
-    "skill": _listed(
-        """
-        climb, cook, dance, dive, fish, juggle, knit, paint, read, row, sew, skate, ski, spell, swim,
-        whistle
-        """
-    ),
-    "weather": _listed("fog, frost, hail, mist, rain, sleet, snow, wind"),
-    "cart": _listed("bike, boat, bus, cart, raft, sled, truck, van"),
 }
 
 # Lists whose words may come back: those that describe.
 DESCRIPTIONS = {
     "number": tuple(str(number) for number in range(2, 100)),
-    "minute": tuple(str(minute) for minute in range(10, 60)),
-    "morning": tuple(str(hour) for hour in range(6, 12)),
-    "afternoon": ("12", "1", "2", "3", "4", "5"),
     "adj": _listed(
         """
-        bent, big, clean, cold, cool, cute, damp, dark, dry, dull, dusty, fancy, fat, fine, flat, fresh,
-        giant, good, grand, heavy, hot, huge, icy, jumbo, large, light, little, long, lovely, lucky, magic,
-        muddy, neat, new, nice, odd, old, plain, pretty, rare, rough, round, shiny, short, simple, slim,
-        small, soft, strange, tall, thin, tiny, ugly, warm, wet, wide
-        """
-    ),
-    "color": _listed(
-        """
-        amber, black, blue, brown, coral, cream, gold, gray, green, ivory, lilac, mint, navy, orange, pink,
-        purple, red, rose, silver, tan, teal, violet, white, yellow
+        bent, big, black, blue, brown, clean, cold, cool, cute, dark, dry, dull, dusty, fancy, fat, fine,
+        flat, fresh, gold, good, gray, green, heavy, hot, huge, icy, large, light, little, long, lovely,
+        lucky, magic, muddy, neat, new, nice, odd, old, pale, pink, plain, pretty, purple, rare, red,
+        round, shiny, short, silver, slim, small, soft, strange, tall, tan, thin, tiny, ugly, warm, wet,
+        white, wide, yellow
         """
     ),
     "day": _listed(
@@ -131,10 +107,11 @@ DESCRIPTIONS = {
     ),
     "place": _listed(
         """
-        arch, bank, barn, bench, bridge, brook, cabin, cave, church, cliff, dam, dock, elm, farm, fence,
-        fort, garden, gate, hedge, hill, house, hut, inn, kiln, lake, ledge, mill, mine, oak, orchard,
-        palace, park, pier, pond, pump, reef, river, rock, school, shed, shop, stable, tower, tree, wall,
-        well, yard, zoo
+        arch, bank, barn, beach, bench, boat, bridge, brook, bush, cabin, canal, castle, cave, church,
+        cliff, creek, dam, dock, elm, farm, fence, field, fort, garden, gate, grove, hedge, hill, house,
+        hut, inn, island, kiln, lake, ledge, log, mill, mine, oak, orchard, palace, park, path, pier, pine,
+        pond, pump, quarry, reef, river, rock, school, shed, shop, stable, statue, stump, tower, tree,
+        tunnel, wall, well, yard, zoo
         """
     ),
     "near": _listed("behind, by, near, past"),

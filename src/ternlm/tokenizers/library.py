@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 from tokenizers.pre_tokenizers import PreTokenizer, Sequence, Split
 
-import tokenizers
 from ternlm.errors import TokenizerError
 from ternlm.tokenizers.byte import byte_characters
 from ternlm.tokenizers.files import SPECIAL_NAMES, write_atomically, write_files

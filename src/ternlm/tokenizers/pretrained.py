@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
 from ternlm.errors import TokenizerError
 from ternlm.tokenizers.byte import ByteTokenizer, byte_characters
 from ternlm.tokenizers.files import SPECIAL_NAMES, read_bytes, read_json
 from ternlm.tokenizers.interface import Tokenizer, library_errors
 from ternlm.tokenizers.library import LibraryTokenizer
 from ternlm.tokenizers.sentencepiece import build_sentencepiece
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
 _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
 from ternlm.errors import TokenizerError
 from ternlm.tokenizers.interface import library_errors
 from ternlm.tokenizers.library import LibraryTokenizer
-from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _UNIGRAM, _BPE = 1, 2

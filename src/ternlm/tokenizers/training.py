@@ -3,10 +3,11 @@
 from collections.abc import Iterable, Iterator
 
 import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
 from ternlm.errors import TokenizerError
 from ternlm.tokenizers.interface import library_errors, readable
 from ternlm.tokenizers.library import LibraryTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 SPECIAL_TOKENS = {"bos": "<|bos|>", "eos": "<|eos|>", "pad": "<|pad|>"}
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)

@@ -157,6 +157,7 @@ ALIASES = {
     "norm_eps": "model.rms_norm_eps", "embeddings_tied": "model.tie_word_embeddings",
     "norm_placement": "model.norm_layout",
     "weight_bits": "quantization.weights", "activation_bits": "quantization.activations",
+    "tokenizer": "tokenizer.name",
     "data": "data.source", "path": "data.source", "data_path": "data.source", "data_dir": "data.source",
     "dataset": "data.source",
     "val_fraction": "data.validation_fraction", "max_samples": "data.max_documents",
