@@ -273,7 +273,7 @@ def test_other_failures_are_not_mistaken_for_memory() -> None:
         make(model, micro=8)[0](ragged())
 
 
-def test_t15_one_step_changes_every_latent_matrix_and_a_hundred_flip_codes() -> None:
+def test_t15_one_step_changes_every_latent_matrix_and_forty_flip_codes() -> None:
     model, batch = tiny_bitnet(), ragged()
     before = weights(model)
     codes = {name: layer.matrices() for name, layer in model.bit_linears().items()}
@@ -309,4 +309,4 @@ def test_t08_latent_weights_stay_float32_and_move_under_bfloat16_activations() -
     gain = model.get_parameter("model.layers.0.input_layernorm.weight")
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert all(value.dtype == torch.float32 for s in stepper.optimizer.state.values() for value in s.values())
-    assert 1e-6 < float((gain - 1).abs().max()) < 1e-4
+    assert 1e-6 < float((gain.detach() - 1).abs().max()) < 1e-4

@@ -39,10 +39,8 @@ def prepare_data(
     Raises:
         DataError, TokenizerError: As `prepare` and `load_tokenizer` raise them.
     """
-    if tokenizer.name == "train":
-        loaded = _trained(data, tokenizer.vocab_size, say)
-    else:
-        loaded = load_tokenizer(tokenizer.name)
+    trains = tokenizer.name == "train"
+    loaded = _trained(data, tokenizer.vocab_size, say) if trains else load_tokenizer(tokenizer.name)
     directory = default_directory(data, loaded)
     if not (directory / "manifest.json").exists():
         say(f"preparing '{data.source}' in {directory}")

@@ -46,7 +46,17 @@ def stories(split: str, count: int | None = None) -> Iterator[str]:
     Raises:
         DataError: No such split, or a negative count.
     """
-    return (telling.text for telling in _tellings(split, count))
+    return (telling.text for telling in tellings(split, count))
+
+
+def tellings(split: str, count: int | None) -> Iterator[Telling]:
+    """The stories of a split with the choices behind them and their exact bits; see `stories`."""
+    if split not in DEFAULT_COUNTS:
+        raise DataError(f"stories have no split '{split}'; choose one of {', '.join(DEFAULT_COUNTS)}.")
+    count = DEFAULT_COUNTS[split] if count is None else count
+    if count < 0:
+        raise DataError(f"{count} stories cannot be told; the count is zero or more.")
+    return islice((telling for telling in map(_telling, count_up()) if split_of(telling.text) == split), count)
 
 
 def story(index: int) -> str:
@@ -80,20 +90,11 @@ def entropy_floor(split: str = "validation", count: int | None = None) -> Entrop
         DataError: No such split, or a count below one.
     """
     bits, total, size = 0.0, 0, 0
-    for telling in _tellings(split, count):
+    for telling in tellings(split, count):
         bits, total, size = bits + telling.bits, total + 1, size + len(telling.text.encode())
     if not total:
         raise DataError(f"the entropy floor of {count} stories is undefined; ask for at least one.")
     return EntropyFloor(bits / size, total, size)
-
-
-def _tellings(split: str, count: int | None) -> Iterator[Telling]:
-    if split not in DEFAULT_COUNTS:
-        raise DataError(f"stories have no split '{split}'; choose one of {', '.join(DEFAULT_COUNTS)}.")
-    count = DEFAULT_COUNTS[split] if count is None else count
-    if count < 0:
-        raise DataError(f"{count} stories cannot be told; the count is zero or more.")
-    return islice((telling for telling in map(_telling, count_up()) if split_of(telling.text) == split), count)
 
 
 def _telling(index: int) -> Telling:

@@ -109,8 +109,8 @@ class RunSettings(Settings):
     def _sections_agree(self) -> Self:
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise SettingsError(
-                f"data.sequence_length={self.data.sequence_length} is longer than "
-                f"model.max_position_embeddings={self.model.max_position_embeddings}. Raise the latter or lower the former."
+                f"data.sequence_length={self.data.sequence_length} exceeds "
+                f"model.max_position_embeddings={self.model.max_position_embeddings}. Raise the second or lower the first."
             )
         if self.training.precision == "fp16" and getattr(self.model, "hidden_act", "") == "relu2":
             raise SettingsError("model.hidden_act=relu2 overflows in training.precision=fp16. Use bf16 or fp32.")
