@@ -203,7 +203,22 @@ def test_a_newer_format_is_refused_with_the_way_out(root: Path) -> None:
         checkpoint.load(path)
 
 
-ODD_VALUES: list[Any] = [None, "", "x", [], {}, 0, -1, True, 1.5, [1], {"a": 1}, "../model.safetensors", "\ud800", "a" * 300]
+ODD_VALUES: list[Any] = [
+    None,
+    "",
+    "x",
+    [],
+    {},
+    0,
+    -1,
+    True,
+    1.5,
+    [1],
+    {"a": 1},
+    "../model.safetensors",
+    "\ud800",
+    "a" * 300,
+]
 
 
 def mutate(value: Any, draw: random.Random) -> Any:
@@ -245,7 +260,13 @@ def test_fuzzed_manifests_raise_checkpoint_errors_and_nothing_else(root: Path) -
             refused += 1
             assert "\n" not in str(error)
     assert refused > 300
-    for hostile in (b"[" * 100_000, b"9" * 5000, b'{"schema": 1, "files": []}', b"null", b'{"schema": NaN, "files": {}}'):
+    for hostile in (
+        b"[" * 100_000,
+        b"9" * 5000,
+        b'{"schema": 1, "files": []}',
+        b"null",
+        b'{"schema": NaN, "files": {}}',
+    ):
         (path / "manifest.json").write_bytes(hostile)
         with pytest.raises(CheckpointError):
             checkpoint.verify(path)
@@ -486,7 +507,9 @@ def test_the_last_falls_back_and_a_named_step_never_does(runs: Path) -> None:
         checkpoint.load(newest)
 
 
-@pytest.mark.parametrize("reference", ["nothing", "demo-1@8", "demo-1@final", "demo-1@x", "a/step_000003", "demo-1@../.."])
+@pytest.mark.parametrize(
+    "reference", ["nothing", "demo-1@8", "demo-1@final", "demo-1@x", "a/step_000003", "demo-1@../.."]
+)
 def test_a_reference_that_leads_nowhere_is_one_sentence(runs: Path, reference: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         checkpoint.resolve(reference, runs)

@@ -366,7 +366,7 @@ def recipe_model_values(recipe: str) -> dict[str, object]:
 
 @every_recipe
 def test_i01_the_initial_loss_is_that_of_a_uniform_guess(recipe: str) -> None:
-    settings = model_settings(recipe_model_values(recipe) | {"num_hidden_layers": 2, "max_position_embeddings": 64})
+    settings = model_settings(recipe_model_values(recipe) | {"num_hidden_layers": 2, "max_position_embeddings": 128})
     model = build_model(settings, TERNARY)
     model.initialize(0)
     vocabulary = settings.vocab_size

@@ -164,7 +164,7 @@ def resolve(reference: str, runs: Path) -> Path:
         return run.checkpoints / name
     digits = which.removeprefix("step_")
     path = run.checkpoints / f"step_{int(digits):06d}" if digits.isdigit() else run.checkpoints / which
-    if not path.is_dir():
+    if not path.is_dir() or path.parent != run.checkpoints:
         have = ", ".join(map(str, steps(run.checkpoints))) or "none"
         raise CheckpointError(f"run '{run.id}' has no checkpoint '{which}'. It has steps: {have}.")
     return path

@@ -9,7 +9,10 @@ import torch
 from builders import randn, random_tokens, tiny_bitnet
 from ternlm.training.compilation import compile_blocks
 
-pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler"),
+]
 
 
 def test_q23_a_compiled_block_equals_the_plain_one_in_value_and_gradient() -> None:
@@ -34,7 +37,6 @@ def test_q23_a_compiled_block_equals_the_plain_one_in_value_and_gradient() -> No
         assert (other - plain).norm() < 1e-3 * plain.norm(), name
 
 
-@pytest.mark.slow
 def test_a_compiled_model_follows_the_optimizer_and_keeps_its_names() -> None:
     torch._dynamo.reset()
     plain, tokens, said = tiny_bitnet(), random_tokens(2, 9), []
@@ -42,7 +44,8 @@ def test_a_compiled_model_follows_the_optimizer_and_keeps_its_names() -> None:
     assert compile_blocks(compiled, lambda: compiled(tokens).logits.sum().backward(), said.append)
     compiled.zero_grad()
     assert list(plain.state_dict()) == list(compiled.state_dict()) and said[0] == "compiling ..."
-    for step in range(3):
+    before = plain(tokens).logits.detach()
+    for _ in range(3):
         outputs = []
         for model in (plain, compiled):
             logits = model(tokens).logits
@@ -51,8 +54,7 @@ def test_a_compiled_model_follows_the_optimizer_and_keeps_its_names() -> None:
             torch.optim.SGD(model.parameters(), lr=1e-3).step()
             model.zero_grad()
         torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)
-        assert step == 0 or not torch.allclose(outputs[0], first, atol=1e-3)
-        first = outputs[0] if step == 0 else first
+    assert not torch.allclose(outputs[0], before, atol=1e-2)
     assert [layer.quantizations for layer in compiled.bit_linears().values()] == [
         layer.quantizations for layer in plain.bit_linears().values()
     ]

@@ -121,7 +121,7 @@ def test_a_null_in_a_later_layer_replaces_a_value() -> None:
     [
         ("a.b=1", {"a.b": 1}),
         ("a=[1, 2]", {"a": [1, 2]}),
-        ("a=none", {"a": None}),
+        ("a=none", {"a": "none"}),
         ("a=null", {"a": None}),
         ("a=", {"a": None}),
         ("a=true", {"a": True}),

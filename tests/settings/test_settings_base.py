@@ -65,3 +65,13 @@ def test_t12_a_name_like_no_other_lists_what_exists() -> None:
 def test_a_refused_value_is_shown_with_its_rule(values: dict[str, object], parts: list[str]) -> None:
     text = message(values)
     assert all(part in text for part in parts), text
+
+
+def test_none_empties_an_optional_setting_and_stays_a_choice_where_it_is_one() -> None:
+    class Example(Settings):
+        limit: Count | None = 3
+        weights: Literal["ternary", "none"] = "ternary"
+
+    example = Example.from_mapping({"limit": "none", "weights": "none"})
+    assert example.limit is None
+    assert example.weights == "none"

@@ -2,9 +2,10 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from types import NoneType
+from typing import Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from ternlm.errors import SettingsError
 
@@ -17,6 +18,15 @@ class Settings(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_means_null(cls, values: Any) -> Any:
+        """`none` empties an optional setting, as `null` does; where `none` is a choice it stays one."""
+        if not isinstance(values, Mapping):
+            return values
+        optional = {name for name, field in cls.model_fields.items() if NoneType in get_args(field.annotation)}
+        return {name: None if value == "none" and name in optional else value for name, value in values.items()}
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], path: str = "") -> Self:

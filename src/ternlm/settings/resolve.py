@@ -139,7 +139,7 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
         if not equals or not name:
             raise SettingsError(f"'{assignment}' is not a setting. Write section.name=value.")
         try:
-            values[name] = None if text.lower() in ("none", "null") else yaml.safe_load(text)
+            values[name] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise SettingsError(f"the value of '{assignment}' is malformed. Quote it.") from None
     return values
