@@ -4,6 +4,8 @@ Sizes are odd on purpose, so that swapped dimensions do not fit by chance. Every
 of its arguments.
 """
 
+import errno
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,6 +95,7 @@ def tiny_data_settings(
 ) -> DataSettings:
     """Write documents below `tmp_path` and return the settings that read them."""
     paths = {}
+    tmp_path.mkdir(parents=True, exist_ok=True)
     for name, documents in (("train", train), ("validation", validation)):
         paths[name] = tmp_path / f"{name}.txt"
         paths[name].write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
@@ -136,3 +139,35 @@ def tiny_trainer(path: Path, prepared: Prepared, settings: RunSettings, resume_f
     run = RunDirectory(path)
     run.ensure_writable()
     return Trainer(settings, prepared.corpus, prepared.tokenizer, run, resume_from, quiet=True)
+
+
+class Fault:
+    """Makes the n-th file-system operation of the process fail, and all later ones as well if it sticks.
+
+    Args:
+        replace: `MonkeyPatch.setattr`, which undoes what is done here.
+        n: Which operation, from 1.
+        sticks: Whether the disk stays full.
+
+    Attributes:
+        met: Whether the operation was reached.
+    """
+
+    OPERATIONS = ("open", "write", "fsync", "rename", "replace", "mkdir", "close")
+
+    def __init__(self, replace: Any, n: int, sticks: bool) -> None:
+        self.count, self.met = 0, False
+        for name in self.OPERATIONS:
+            replace(os, name, self._failing(name, getattr(os, name), n, sticks))
+
+    def _failing(self, name: str, real: Any, n: int, sticks: bool) -> Any:
+        def operation(*args: Any, **options: Any) -> Any:
+            self.count += 1
+            if self.count == n or (sticks and self.count > n):
+                self.met = True
+                if name == "close":
+                    real(*args, **options)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return real(*args, **options)
+
+        return operation

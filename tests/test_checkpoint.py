@@ -4,7 +4,6 @@ The fault tests let one file-system operation after the other fail, until a save
 """
 
 import copy
-import errno
 import hashlib
 import json
 import math
@@ -17,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders import random_tokens, tiny_bitnet
+from builders import Fault, random_tokens, tiny_bitnet
 
 from ternlm import checkpoint
 from ternlm.errors import CheckpointError, EnvironmentFault, TernlmError
@@ -338,29 +337,6 @@ def test_foreign_tensors_are_refused_by_name_and_the_model_is_untouched(
 
 # Faults while saving
 
-OPERATIONS = ["open", "write", "fsync", "rename", "replace", "mkdir", "close"]
-
-
-class Fault:
-    """Makes the n-th file-system operation fail, and all later ones as well if it sticks."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, n: int, sticks: bool, code: int = errno.ENOSPC) -> None:
-        self.count, self.met = 0, False
-        for name in OPERATIONS:
-            real = getattr(os, name)
-
-            def operation(*args: Any, _real: Any = real, _name: str = name, **options: Any) -> Any:
-                self.count += 1
-                if self.count == n or (sticks and self.count > n):
-                    self.met = True
-                    if _name == "close":
-                        _real(*args, **options)
-                    raise OSError(code, os.strerror(code))
-                return _real(*args, **options)
-
-            patch.setattr(os, name, operation)
-
-
 @pytest.mark.parametrize("sticks", [False, True])
 def test_l11_a_failure_at_any_operation_of_a_save_leaves_the_old_or_the_new_checkpoint(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sticks: bool
@@ -369,7 +345,7 @@ def test_l11_a_failure_at_any_operation_of_a_save_leaves_the_old_or_the_new_chec
     for n in range(1, 200):
         root = Path(shutil.copytree(saved, tmp_path / str(n)))
         with monkeypatch.context() as patch:
-            fault = Fault(patch, n, sticks)
+            fault = Fault(patch.setattr, n, sticks)
             try:
                 checkpoint.save(root, 8, made)
                 failed = False
@@ -528,7 +504,7 @@ def test_a_damaged_pointer_is_one_sentence_and_pruning_survives_it(runs: Path, c
 def test_a_pointer_that_cannot_be_written_is_a_typed_error(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint.point(root, "last", root / "step_000003")
     with monkeypatch.context() as patch:
-        Fault(patch, 1, sticks=True)
+        Fault(patch.setattr, 1, sticks=True)
         with pytest.raises(EnvironmentFault, match="last"):
             checkpoint.point(root, "last", root / "step_000007")
     assert (root / "last").read_text() == "step_000003\n"

@@ -185,6 +185,8 @@ def load(path: Path, device: torch.device | str = "cpu", mode: QuantizationMode 
     config, state = _parse(path, CONFIG, files), _parse(path, STATE, files)
     try:
         settings = model_settings(config["model"])
+        if settings.vocab_size is None:
+            raise ValueError("model.vocab_size is not set")
         mode = mode or QuantizationMode.from_mapping(config["quantization"], "quantization")
         dtype = choose_dtype(config["training"]["precision"], torch.device(device))
     except (LookupError, TypeError, ValueError, AttributeError, SettingsError) as error:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -114,6 +115,10 @@ def peak_memory_mb(device: torch.device) -> float:
     """Largest memory in use so far, in MiB: of the allocator on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would also count the process that started this one
+        line = next(row for row in status.read_text().splitlines() if row.startswith("VmHWM"))
+        return int(line.split()[1]) / 2**10
     if sys.platform == "win32":
         return 0.0
     import resource

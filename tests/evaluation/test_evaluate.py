@@ -3,6 +3,7 @@
 import hashlib
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,10 @@ class TableModel(torch.nn.Module):
         super().__init__()
         self.table = torch.nn.Parameter(table)
         self.settings = tiny_bitnet(vocab_size=table.shape[0]).settings
-        self.shapes: list[tuple[int, ...]] = []
+        self.passes: list[tuple[int, bool]] = []
 
     def forward(self, tokens: torch.Tensor) -> Output:
-        self.shapes.append(tuple(tokens.shape))
+        self.passes.append((len(tokens), self.training or torch.is_grad_enabled()))
         return Output(self.table[tokens], None, {})
 
     def bit_linears(self) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def score(prepared: Prepared) -> Callable[..., Any]:
 def pairs(documents: list[str]) -> list[tuple[int, int]]:
     """(previous token, target) of every scored target: text and EOS, never BOS."""
     ids = [index for text in documents for index in (BOS, *text.encode(), EOS)]
-    return [(a, b) for a, b in zip(ids, ids[1:], strict=False) if b != BOS]
+    return [(a, b) for a, b in pairwise(ids) if b != BOS]
 
 
 def test_e03_three_documents_scored_by_hand(score: Callable[..., Any]) -> None:
@@ -117,6 +118,12 @@ def test_e05_evaluating_twice_gives_the_same_bits_and_changes_nothing(score: Cal
     assert list(before) == list(after) and all(torch.equal(before[name], after[name]) for name in before)
     score(model.eval())
     assert not model.training
+
+
+def test_e05_every_pass_is_in_evaluation_mode_without_gradients(score: Callable[..., Any]) -> None:
+    model = TableModel(table())
+    score(model, 16, batch_size=4)  # 94 targets in 6 windows
+    assert model.passes == [(4, False), (2, False)]
 
 
 def test_e05_the_codes_are_evaluated_not_the_latents(score: Callable[..., Any]) -> None:
@@ -177,7 +184,7 @@ def test_ties_count_for_the_lowest_ids(score: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("tokens,documents", [(1, 1), (20, 1), (21, 1), (46, 2), (47, 2), (10_000, 3)])
 def test_a_limit_scores_whole_documents(score: Callable[..., Any], tokens: int, documents: int) -> None:
     lengths = np.cumsum([len(text.encode()) + 2 for text in VALIDATION])
-    assert lengths.tolist() == [20, 46, 86]
+    assert lengths.tolist() == [20, 46, 95]
     result = score(TableModel(table()), max_tokens=tokens)
     expected = pairs(VALIDATION[:documents])
     log_p = table().double().log_softmax(dim=-1)
@@ -187,11 +194,8 @@ def test_a_limit_scores_whole_documents(score: Callable[..., Any], tokens: int, 
 
 
 def test_documents_scored_apart_sum_to_the_whole(tmp_path: Path) -> None:
-    whole = tiny_corpus(tmp_path / "all" if (tmp_path / "all").mkdir() is None else tmp_path)
-    parts = []
-    for i, document in enumerate(VALIDATION):
-        (tmp_path / str(i)).mkdir()
-        parts.append(tiny_corpus(tmp_path / str(i), validation=[document]))
+    whole = tiny_corpus(tmp_path / "all")
+    parts = [tiny_corpus(tmp_path / str(i), validation=[document]) for i, document in enumerate(VALIDATION)]
     results = [evaluate(TableModel(table()), p.corpus.split("validation"), p.tokenizer, 16) for p in (whole, *parts)]  # type: ignore[arg-type]
     assert sum(r.n_bytes or 0 for r in results[1:]) == results[0].n_bytes
     assert sum(r.n_targets for r in results[1:]) == results[0].n_targets

@@ -172,6 +172,14 @@ def test_q22_a_copy_has_codes_of_its_own() -> None:
     assert not torch.equal(twin(x)[0], before)
 
 
+def test_a_first_pass_in_inference_mode_does_not_spoil_training() -> None:
+    made, x = layer(), randn(3, 24)
+    with torch.inference_mode():
+        made(x)
+    made(x)[0].sum().backward()
+    assert made.weight.grad is not None and made.quantizations == 1
+
+
 def test_a_refresh_between_forward_and_backward_is_never_silent() -> None:
     made = layer()
     x = randn(3, 24).requires_grad_()

@@ -21,8 +21,8 @@ PHRASES = {
     "item": ("[a adj] [thing]",),
     "food": ("[number] [adj] [foods]",),
     "toys": ("[item], [item] and [item]",),
-    "items": ("[item] and [food]", "[item], [item] and [food]"),
-    "close": ("[glad] [last]", "[glad]", "[last]"),
+    "items": ("[item] and [food]", "[item], [item] and [food]", "[item], [item], [food] and [food]"),
+    "close": ("[glad] [last]", "[last] [glad]", "[glad]"),
 }
 
 SENTENCES = {
@@ -52,7 +52,7 @@ SENTENCES = {
     "last": _lines(
         """
         That night {h.he} dreamed of [fun], [fun] and [fun].
-        At home {h.he} ate [food] and [food].
+        At home {h.he} ate [food], [food] and [food].
         """
     ),
     "gift": _lines(
@@ -70,11 +70,11 @@ SENTENCES = {
     "broken": ("But [spot], {h.his} [adj] [thing:t] fell apart.",),
     "mended": ("They [how] mended the {t} with [toys].",),
     # Sharing.
-    "hunger": ("At noon {h.he} sat [spot] and ate [food] and [food].",),
+    "hunger": ("At noon {h.he} sat [spot] and ate [food], [food] and [food].",),
     "share": ('"I have no food," [said] {f} [how]. {h} [how] gave {f.him} [food] and [food].',),
     # A fear overcome.
     "fear": ("But [spot] stood [a trait] [animal] with [items].",),
-    "courage": ("{h.He} [how] took [number] steps, and then it was not so bad.",),
+    "courage": ("{h.He} [how] took [number] steps, and it let {h.him} pass. Then {h.he} found [items].",),
     # Helping a friend.
     "stuck": ("But [spot], {f.his} [adj] [thing:t] got stuck.",),
     "pull": ("They pulled [how] with [toys], and out it came!",),
@@ -85,14 +85,14 @@ SENTENCES = {
     "rain": ("But [spot], it rained on [items].",),
     "shelter": ("They [went] to [where] and made a fort from [toys].",),
     # A new friend.
-    "alone": ("[^spot] sat [friend], [a trait] [someone], [bad] and [bad].",),
+    "alone": ("[^spot] sat [friend], [a trait] [someone] with [items].",),
     "hello": ('"Do you like [fun]?" [said] {h}. "No," [said] {f}, "but I like [fun] and [fun]."',),
     # A promise kept.
     "promise": ("But {h.he} had promised to bring [items] to [where].",),
     "kept": ("They [how] [went] there and kept the promise.",),
     # A trade.
     "desire": ("But {h.he} wanted [a adj] [thing:t] and had only [item].",),
-    "trade": ("{h.He} traded it for [item], that for [item], and that for the {t}.",),
+    "trade": ("{h.He} traded it for [items], that for [toys], and that for the {t}.",),
     # The plots, paragraph by paragraph.
     "story": _lines(
         """

@@ -117,7 +117,7 @@ def evaluate(
         top10_accuracy=sums.hits[2] / sums.targets,
         n_targets=sums.targets,
         n_bytes=n_bytes,
-        tokens_per_sec=sums.targets / seconds,
+        tokens_per_sec=sums.targets / max(seconds, 1e-9),
         eval_id=hashlib.sha256(f"{stream.eval_id}|{last}".encode()).hexdigest()[:16],
         split=stream.name,
         protocol="block",

@@ -88,6 +88,7 @@ class BitLinear(nn.Module):
             self.refresh()
         return quantized_linear(x, self.weight, self.codes, self.scale, self.sizes, self._activation_bits)
 
+    @torch.inference_mode(False)  # or codes first made by an inference pass could never be trained on
     @torch.no_grad()
     def refresh(self) -> None:
         """Bring the codes up to date with the latent weights; free when nothing has changed.

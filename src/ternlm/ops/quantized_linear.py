@@ -16,6 +16,9 @@ from ternlm.ops.integer_matmul import integer_matmul
 from ternlm.ops.quantize import dequantize_weight, quantize_activation
 from ternlm.ops.row_blocks import row_blocks
 
+_COUNTS_AT_A_TIME = 1 << 21
+"""Integer sums held at a time on a CPU: 8 MiB, where all of them would take twice the memory of the output."""
+
 
 def quantized_linear(
     x: Tensor,
@@ -130,14 +133,13 @@ def _scaled_product(
     """(Xq Q_i^T) * (g_i / s) for each merged matrix: a float32 product, then the cast."""
     if scale.dim() == 2 and scale.shape[1] > 1:
         return list(_grouped_product(x_codes, s, codes, scale).to(dtype).split(sizes, dim=1))
-    counts = integer_matmul(x_codes, codes).split(sizes, dim=1)
     scales = scale.unbind() if scale.dim() == 1 else scale[:, 0].split(sizes)
-    outputs = []
-    for part, g in zip(counts, scales, strict=True):
-        y = torch.empty(part.shape, dtype=dtype, device=part.device)
-        for block in row_blocks(part):
-            y[block] = part[block] * (g / s[block])
-        outputs.append(y)
+    outputs = [torch.empty(x_codes.shape[0], size, dtype=dtype, device=codes.device) for size in sizes]
+    for rows in row_blocks(x_codes, codes.shape[0], _COUNTS_AT_A_TIME):
+        counts = integer_matmul(x_codes[rows], codes).split(sizes, dim=1)
+        for y, part, g in zip(outputs, counts, scales, strict=True):
+            for block in row_blocks(part):
+                y[rows][block] = part[block] * (g / s[rows][block])
     return outputs
 
 
