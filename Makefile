@@ -9,7 +9,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 help:
 	@echo "make demo       train a small ternary model on generated stories (a few minutes)"
 	@echo "make test       run the tests"
-	@echo "make test-slow  run the tests that take minutes, too"
+	@echo "make test-slow  run the tests that take minutes"
 	@echo "make check      lint and types"
 	@echo "make format     format the code"
 	@echo "make bench      measure a training step against its full-precision twin"
@@ -32,7 +32,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m slow
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -32,6 +32,7 @@ from ternlm.models import FULL_PRECISION, LanguageModel, QuantizationMode, build
 from ternlm.models.bitnet import BitNetSettings
 from ternlm.nn import linear
 from ternlm.ops.quantized_linear import quantized_linear, quantized_linear_reference
+from ternlm.training.optimizer import OptimizerSettings, build_optimizer
 
 RESULTS = Path(__file__).parent / "results"
 SHAPES = {
@@ -58,7 +59,7 @@ class Arm:
         if compiled:
             for block in self.model.blocks():
                 block.compile(fullgraph=True)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
+        self.optimizer = build_optimizer(self.model, OptimizerSettings(learning_rate=1e-3))
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(0, settings.vocab_size or 0, (rows, length + 1), generator=generator)
         self.tokens, self.targets = tokens[:, :-1], tokens[:, 1:].flatten()

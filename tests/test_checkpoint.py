@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from builders import Fault, random_tokens, tiny_bitnet
 
+from builders import Fault, random_tokens, tiny_bitnet
 from ternlm import checkpoint
 from ternlm.errors import CheckpointError, EnvironmentFault, TernlmError
 from ternlm.models import LanguageModel, QuantizationMode
@@ -336,6 +336,7 @@ def test_foreign_tensors_are_refused_by_name_and_the_model_is_untouched(
 
 
 # Faults while saving
+
 
 @pytest.mark.parametrize("sticks", [False, True])
 def test_l11_a_failure_at_any_operation_of_a_save_leaves_the_old_or_the_new_checkpoint(

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from builders import TRAIN
 
+from builders import TRAIN
 from ternlm.cli import main
 
 

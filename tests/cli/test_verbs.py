@@ -182,9 +182,7 @@ def test_a_seed_decides_everything(ternlm, recipe: Path, tmp_path: Path) -> None
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
-def test_a_chat_answers_commands_and_survives_mistakes(
-    ternlm, recipe: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_chat_answers_commands_and_survives_mistakes(ternlm, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ternlm("train", recipe, "--run-id", "r", "--steps", 1, "-q")
     lines = iter(["/temp 0", "/temp hot", "/nonsense", "The fox", "/reset", "/settings", "/help", "/quit"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))

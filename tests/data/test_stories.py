@@ -1,4 +1,4 @@
-"""The built-in corpus: the same everywhere, split without overlap, well written, and exactly as random as it says."""
+"""The built-in corpus: the same everywhere, split without overlap, well written, as random as it says."""
 
 import hashlib
 import math
@@ -13,7 +13,15 @@ from typing import NamedTuple
 
 import pytest
 
-from ternlm.data.stories import DEFAULT_COUNTS, entropy_floor, split_of, stories, story, story_grammar, tellings
+from ternlm.data.stories import (
+    DEFAULT_COUNTS,
+    entropy_floor,
+    split_of,
+    stories,
+    story,
+    story_grammar,
+    tellings,
+)
 from ternlm.data.story_grammar import Grammar, Reference, Rule, Slot, Telling
 from ternlm.data.story_words import DESCRIPTIONS, FIELDS, WORDS
 from ternlm.errors import DataError
@@ -52,8 +60,8 @@ def _read(part: str | Slot | Reference, text: str, state: State) -> Iterator[Sta
     if isinstance(part, Slot):
         for after in parses(part.rule, text, state):
             assert after.last is not None
-            remembered = {**after.remembered, part.variable: after.last} if part.variable else after.remembered
-            yield after._replace(remembered=remembered)
+            new = {part.variable: after.last} if part.variable else {}
+            yield after._replace(remembered={**after.remembered, **new})
         return
     if isinstance(part, Reference):
         rule, index = state.remembered[part.variable]
@@ -112,9 +120,10 @@ def test_splits_get_their_share_of_the_stories() -> None:
     assert shares == pytest.approx({"train": 0.8, "validation": 0.1, "test": 0.1}, abs=0.01)
 
 
-def test_different_choices_give_different_stories_and_twenty_thousand_are_distinct(told: list[Telling]) -> None:
+def test_different_choices_give_different_texts_and_twenty_thousand_differ(told: list[Telling]) -> None:
     assert DEFAULT_COUNTS["train"] >= len(told) == 20_000
-    assert len({tuple(telling.choices) for telling in told}) == len({telling.text for telling in told}) == 20_000
+    assert len({tuple(telling.choices) for telling in told}) == 20_000
+    assert len({telling.text for telling in told}) == 20_000
 
 
 def test_a_shorter_count_is_a_prefix_of_a_longer_one() -> None:
@@ -206,7 +215,7 @@ def test_no_alternative_of_a_rule_begins_another_word_of_the_same_list() -> None
 
 def test_stories_are_ascii_of_the_promised_size_and_shape(texts: list[str]) -> None:
     for text in texts[:2_000]:
-        assert text.isascii() and text.isprintable() is False and text.endswith("\n") and not text.endswith("\n\n")
+        assert text.isascii() and text.endswith("\n") and not text.endswith("\n\n")
         assert 300 <= len(text) <= 1_000
         assert 2 <= text.count("\n\n") + 1 <= 4
         assert text.count('"') % 2 == 0

@@ -188,3 +188,11 @@ def test_g01_two_processes_with_different_hash_seeds_draw_the_same() -> None:
     here = generate(model(), BYTE, ["a", "a"], SamplingSettings(temperature=1.0, max_new_tokens=8))
     assert [process.returncode for process in processes] == [0, 0]
     assert outputs[0] == outputs[1] == f"{[sample.ids for sample in here]}\n"
+
+
+def test_a_short_prompt_is_not_affected_by_a_neighbour_whose_context_is_full() -> None:
+    made = model(max_position_embeddings=12)
+    settings = SamplingSettings(max_new_tokens=24, temperature=0)
+    (alone,) = generate(made, BYTE, ["ab"], settings)
+    together = generate(made, BYTE, ["ab", "a long neighbour"], settings)
+    assert together[0].ids == alone.ids

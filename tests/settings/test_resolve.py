@@ -79,7 +79,7 @@ def test_a_bare_name_of_two_sections_is_refused_with_both() -> None:
 
 
 def test_an_alias_belongs_to_its_own_section_only() -> None:
-    with pytest.raises(SettingsError, match="unknown setting 'training.lr'"):
+    with pytest.raises(SettingsError, match=r"unknown setting 'training\.lr'"):
         one({"training.lr": 1})
 
 
@@ -152,7 +152,7 @@ def test_the_environment_names_settings_with_double_underscores() -> None:
 def test_a_file_may_hold_unicode_and_a_missing_one_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("data: {source: 'é.txt'}", encoding="utf-8")
     assert read_mapping(tmp_path / "a.yaml") == {"data": {"source": "é.txt"}}
-    with pytest.raises(SettingsError, match="nothing.yaml"):
+    with pytest.raises(SettingsError, match=r"nothing\.yaml"):
         read_mapping(tmp_path / "nothing.yaml")
     with pytest.raises(SettingsError, match="cannot be read"):
         read_mapping(tmp_path)

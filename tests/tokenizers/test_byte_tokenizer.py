@@ -4,8 +4,8 @@ import random
 from pathlib import Path
 
 import pytest
-
 import tokenizers
+
 from ternlm.errors import TokenizerError
 from ternlm.tokenizers import ByteTokenizer, load_tokenizer
 

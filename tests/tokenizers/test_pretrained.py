@@ -2,11 +2,11 @@ import json
 from pathlib import Path
 
 import pytest
-
 import tokenizers
+from tokenizers import models, pre_tokenizers
+
 from ternlm.errors import TokenizerError
 from ternlm.tokenizers import Tokenizer, load_tokenizer
-from tokenizers import models, pre_tokenizers
 
 ALL = [
     "llama-2/tokenizer.model",

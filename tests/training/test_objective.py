@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from builders import randn, random_tokens, tiny_bitnet
 
+from builders import randn, random_tokens, tiny_bitnet
 from ternlm.data.batch import Batch
 from ternlm.models import Output
 from ternlm.training.objective import ObjectiveSettings, loss_sums

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from builders import random_tokens, tiny_bitnet
 
+from builders import random_tokens, tiny_bitnet
 from ternlm.errors import CheckpointError, SettingsError
 from ternlm.models import FULL_PRECISION, LanguageModel
 from ternlm.training.optimizer import (
@@ -109,9 +109,7 @@ def test_state_goes_out_and_in_by_name_bit_for_bit() -> None:
     model, optimizer = trained()
     tensors = {name: value.clone() for name, value in optimizer_tensors(model, optimizer).items()}
     assert set(tensors) == {
-        f"{name}.{quantity}"
-        for name, _ in model.named_parameters()
-        for quantity in ("step", "exp_avg", "exp_avg_sq")
+        f"{name}.{quantity}" for name, _ in model.named_parameters() for quantity in ("step", "exp_avg", "exp_avg_sq")
     }
     other = build_optimizer(model, OptimizerSettings())
     load_optimizer_tensors(model, other, tensors)

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import tiny_settings
 
+from builders import tiny_settings
 from ternlm.errors import SettingsError
 from ternlm.models import build_model
 from ternlm.training.plan import draw_schedule, make_plan
@@ -39,10 +39,11 @@ def test_planning_the_largest_recipe_allocates_no_weights(tmp_path: Path) -> Non
         ({"quantization": {"weights": "none"}}, {"state_bytes", "activation_bytes_estimate"}),
     ],
 )
-def test_t12_a_setting_moves_the_numbers_it_should(
-    tmp_path: Path, sections: dict[str, Any], changed: set[str]
-) -> None:
-    before, after = make_plan(tiny_settings(tmp_path)).as_dict(), make_plan(tiny_settings(tmp_path, **sections)).as_dict()
+def test_t12_a_setting_moves_the_numbers_it_should(tmp_path: Path, sections: dict[str, Any], changed: set[str]) -> None:
+    before, after = (
+        make_plan(tiny_settings(tmp_path)).as_dict(),
+        make_plan(tiny_settings(tmp_path, **sections)).as_dict(),
+    )
     moved = {name for name in before if before[name] != after[name]} - {"rates"}
     assert moved == changed
 

@@ -6,13 +6,14 @@ The corpus is so small that an epoch ends in the middle of a batch every few ste
 import csv
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import TRAIN, tiny_corpus, tiny_settings
 
+from builders import TRAIN, tiny_corpus, tiny_settings
 from ternlm import checkpoint
 from ternlm.data.preparation import Prepared
 from ternlm.errors import CheckpointError, EnvironmentFault, Interrupted, SettingsError, TokenizerError
@@ -33,7 +34,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 
 def settings(folder: Path, **sections: dict[str, Any]) -> RunSettings:
     base: dict[str, dict[str, Any]] = {
-        "training": {"max_steps": STEPS, "batch_size": 5, "micro_batch_size": 3, "checkpoint_every_steps": 3, "keep_every": 1},
+        "training": {
+            "max_steps": STEPS,
+            "batch_size": 5,
+            "micro_batch_size": 3,
+            "checkpoint_every_steps": 3,
+            "keep_every": 1,
+        },
         "schedule": {"name": "two_stage", "warmup_steps": 3},
         "tracking": {"every_steps": 1, "tensorboard": False},
         "evaluation": {"every_steps": 4, "sample_every_steps": 5, "sample_tokens": 3, "prompts": ["The", "The"]},
@@ -113,7 +120,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, prepared: Prepared) -> RunDi
 def test_the_run_crosses_epochs_in_the_middle_of_a_batch(whole: RunDirectory) -> None:
     epochs = [row["train/epoch"] for row in read_jsonl(whole.scalars)]
     assert epochs[-1] > 2
-    assert any(int(a) < int(b) != b for a, b in zip(epochs, epochs[1:], strict=False))
+    assert any(int(a) < int(b) != b for a, b in pairwise(epochs))
 
 
 @pytest.mark.parametrize("how", ["signal", "death"])

@@ -3,6 +3,7 @@
 import inspect
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 
@@ -32,7 +33,9 @@ STEPS = [0, 374, 100_000, 199_999, 200_000, 300_000, 399_999]
         ("two_stage", 0.02, [4.0e-6, 1.5e-3, 1.1335e-3, 7.6569e-4, 5.1546e-4, 2.7273e-4, 3.0002e-5]),
     ],
 )
-def test_t19_the_two_stage_curves_have_the_rates_of_the_table(name: str, final_ratio: float, table: list[float]) -> None:
+def test_t19_the_two_stage_curves_have_the_rates_of_the_table(
+    name: str, final_ratio: float, table: list[float]
+) -> None:
     schedule = make(name, min_lr_ratio=final_ratio, **SEED_RUN)  # type: ignore[arg-type]
     assert [float(f"{schedule.learning_rate(k):.4e}") for k in STEPS] == pytest.approx(table, rel=1e-12)
     assert schedule.boundary == 200_000
@@ -141,9 +144,9 @@ def test_t04_the_published_curve_jumps_once_and_the_continuous_one_never() -> No
     for name, jumps in (("two_stage", 1), ("two_stage_continuous", 0)):
         schedule = make(name, total=2000, warmup_steps=20, min_lr_ratio=0.02)
         rates = [schedule.learning_rate(k) for k in range(20, 2000)]
-        drops = [k for k, (a, b) in enumerate(zip(rates, rates[1:], strict=False), 20) if a - b > 0.05 * 3e-3]
+        drops = [k for k, (a, b) in enumerate(pairwise(rates), 20) if a - b > 0.05 * 3e-3]
         assert len(drops) == jumps
-        assert all(a >= b for a, b in zip(rates, rates[1:], strict=False))
+        assert all(a >= b for a, b in pairwise(rates))
 
 
 def test_a_boundary_at_either_end_makes_no_stage_checkpoint() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from builders import random_tokens, tiny_bitnet
 
+from builders import random_tokens, tiny_bitnet
 from ternlm.data.batch import Batch
 from ternlm.errors import Diverged, MemoryExhausted
 from ternlm.models import FULL_PRECISION, LanguageModel, QuantizationMode

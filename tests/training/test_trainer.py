@@ -5,13 +5,14 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders import TRAIN, Fault, tiny_corpus, tiny_settings, tiny_trainer
 
+from builders import TRAIN, Fault, tiny_corpus, tiny_settings, tiny_trainer
 from ternlm import checkpoint, tracking
 from ternlm.data.preparation import Prepared
 from ternlm.errors import CheckpointError, Diverged, Interrupted, MemoryExhausted, Preempted, TernlmError
@@ -78,7 +79,10 @@ def test_t01_t03_logged_rates_are_those_in_the_optimizer_at_every_update(
         training={"max_steps": 12, "gradient_accumulation_steps": accumulation},
     )
     used: list[dict[str, tuple[float, float]]] = []
-    spy(trainer, lambda k: used.append({g["name"]: (g["lr"], g["weight_decay"]) for g in trainer.optimizer.param_groups}))
+    spy(
+        trainer,
+        lambda k: used.append({g["name"]: (g["lr"], g["weight_decay"]) for g in trainer.optimizer.param_groups}),
+    )
     trainer.run()
     assert len(used) == 12
     edge = 6 if name.startswith("two") else 8
@@ -311,7 +315,7 @@ def test_t18_a_bad_step_is_logged_skipped_and_training_goes_on(make: Make) -> No
     seen: list[dict[str, torch.Tensor]] = []
     spy(trainer, lambda k: seen.append(weights(trainer)))
     assert trainer.run().step == 6
-    assert [same(a, b) for a, b in zip(seen, seen[1:], strict=False)] == [False, False, True, False, False]
+    assert [same(a, b) for a, b in pairwise(seen)] == [False, False, True, False, False]
     assert "step is skipped" in trainer.run_directory.log.read_text()
     assert math.isnan(rows(trainer)[2]["train/grad_norm"])
 

@@ -1,4 +1,4 @@
-"""The built-in corpus `stories`: short English children's stories, so that a first training needs no download.
+"""The built-in corpus `stories`: short English children's stories, so a first training needs no download.
 
 Story number `index` is a pure function of its index: a seeded telling of the grammar in `story_plots` and
 `story_words`. Because the grammar makes the text, the true entropy of the corpus is known exactly: see
@@ -56,11 +56,11 @@ def tellings(split: str, count: int | None) -> Iterator[Telling]:
     count = DEFAULT_COUNTS[split] if count is None else count
     if count < 0:
         raise DataError(f"{count} stories cannot be told; the count is zero or more.")
-    return islice((telling for telling in map(_telling, count_up()) if split_of(telling.text) == split), count)
+    return islice((told for told in map(_telling, count_up()) if split_of(told.text) == split), count)
 
 
 def story(index: int) -> str:
-    """Story number `index`: ASCII, two to four short paragraphs, about 550 bytes, ending with a newline."""
+    """Story number `index`: ASCII, three short paragraphs, about 510 bytes, ending with a newline."""
     return _telling(index).text
 
 
@@ -77,10 +77,10 @@ def entropy_floor(split: str = "validation", count: int | None = None) -> Entrop
     """The entropy of the corpus in bits per byte: the loss of a model that knows the generator exactly.
 
     floor = sum over stories and choices of -log2 p(choice) / total bytes, where each choice is uniform among
-    n open alternatives and costs log2(n). Where a story ends is one of the choices. This is the entropy of the
-    text, and not only of the choices, because the grammar is unambiguous: different choices give different
-    texts. So no model beats the floor in expectation; on a finite sample it may by the fluctuation of the
-    choices, far below 1 % for a thousand stories.
+    n open alternatives and costs log2(n). Where a story ends is one of the choices. This is the entropy of
+    the text, and not only of the choices, because the grammar is unambiguous: different choices give
+    different texts. So no model beats the floor in expectation; on a finite sample it may by the fluctuation
+    of the choices, below 1 % for a thousand stories.
 
     Args:
         split: The split measured.

@@ -1,4 +1,4 @@
-"""A small text grammar: rules with slots, told one random choice at a time, with the exact bits each choice costs.
+"""A small text grammar: rules with slots, told choice by choice, with the exact bits each choice costs.
 
 A rule is a list of alternatives, all equally likely. An alternative is text with slots:
 
@@ -28,7 +28,7 @@ class Reference(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """A place in an alternative where another rule is told; its word is remembered unless `variable` is empty."""
+    """A place in an alternative where another rule is told; a named variable remembers its word."""
 
     rule: "Rule"
     variable: str
@@ -88,7 +88,7 @@ class Grammar:
         if (name, mark) not in self._compiled:
             sources = self.sources[name]
             if not sources or len(set(sources)) != len(sources):
-                raise ValueError(f"rule '{name}' is empty or repeats an alternative. Every choice must be visible.")
+                raise ValueError(f"rule '{name}' is empty or repeats an alternative. Make its choices differ.")
             alternatives = [self._compile(source, mark) for source in sources]
             once = name not in self._phrases
             self._compiled[name, mark] = Rule(name, sources, alternatives, once, self._fields.get(name, {}))
@@ -100,15 +100,18 @@ class Grammar:
             outer = mark if not parts else ""
             if slot := _SLOT.fullmatch(piece):
                 if outer and slot["mark"]:
-                    raise ValueError(f"'{source}' begins with a marked slot and is told under a mark. Drop one.")
-                parts.append(Slot(self.rule(slot["rule"], slot["mark"].strip() or outer), slot["variable"] or ""))
+                    raise ValueError(f"'{source}' begins with a marked slot and is told with a mark. Drop one.")
+                inner = self.rule(slot["rule"], slot["mark"].strip() or outer)
+                parts.append(Slot(inner, slot["variable"] or ""))
             elif reference := _REFERENCE.fullmatch(piece):
                 if outer:
                     raise ValueError(f"'{source}' begins with a reference, which takes no mark. Use a field.")
                 parts.append(Reference(reference["variable"], reference["field"] or ""))
             else:
                 parts.append(_marked(piece, outer))
-        return tuple(parts) if len(parts) > 1 or not all(isinstance(part, str) for part in parts) else "".join(parts)
+        if not parts:
+            return ""
+        return parts[0] if len(parts) == 1 and isinstance(parts[0], str) else tuple(parts)
 
 
 @final
@@ -170,8 +173,8 @@ class Telling:
                 if part.variable:
                     self._remembered[part.variable] = word
             else:
-                remembered, position = self._remembered[part.variable]
-                self._parts.append(remembered.fields[part.field] if part.field else remembered.sources[position])
+                source, position = self._remembered[part.variable]
+                self._parts.append(source.fields[part.field] if part.field else source.sources[position])
         return word
 
 

@@ -1,8 +1,8 @@
 """The phrases, sentences and plots of the built-in stories: how the words of `story_words` make a story.
 
-Variables: `h` hero, `f` friend, `t` the thing, animal or deed that the story is about. A plot has three paragraphs:
-the hero and an outing, a problem, and what came of it. Sentence frames are few and choices many, so that a small
-model soon knows the frames, and what is left to predict is the entropy of the choices.
+Variables: `h` hero, `f` friend, `t` the thing the story is about. A plot has three paragraphs: the hero and
+an outing, a problem, and what came of it. Sentence frames are few and choices many, so that a small model
+soon knows the frames, and what is left to predict is the entropy of the choices.
 """
 
 
@@ -18,10 +18,11 @@ PHRASES = {
     "someone": ("child", "[animal]"),
     "where": ("the [adj] [place]",),
     "spot": ("[near] the [adj] [place]",),
+    "outing": ("One [day] day, {h.he} [went] to [where] with [items].",),
     "item": ("[a adj] [thing]",),
     "food": ("[number] [adj] [foods]",),
     "toys": ("[item], [item] and [item]",),
-    "items": ("[item] and [food]", "[item], [item] and [food]", "[item], [item], [food] and [food]"),
+    "items": ("[item], [item] and [food]", "[item], [food] and [food]", "[item], [item], [food] and [food]"),
     "close": ("[glad] [last]", "[last] [glad]", "[glad]"),
 }
 
@@ -31,7 +32,7 @@ SENTENCES = {
         """
         One [day] day, [who], [a trait] [kind], [went] to [where] with [items].
         "What [a day] day!" [said] [who], [a trait] [kind]. {h.He} [went] to [where] with [items].
-        [who] was [a trait] [kind] who loved [fun], [fun] and [fun]. One [day] day, {h.he} [went] to [where] with [items].
+        [who] was [a trait] [kind] who loved [fun], [fun] and [fun]. [outing]
         """
     ),
     # What many plots share.

@@ -1,6 +1,7 @@
-"""The word lists of the built-in stories: names, animals, things, places, feelings. How they meet is in `story_plots`.
+"""The word lists of the built-in stories: names, animals, things, places, feelings.
 
-The words are short, and most differ from all others within three letters, so that a small model learns them soon.
+How they meet is in `story_plots`. The words are short, and most differ from all others within a few letters,
+so that a small model learns them soon.
 """
 
 
@@ -39,9 +40,9 @@ WORDS = {
     ),
     "trait": _listed(
         """
-        bold, brave, bright, busy, calm, cheery, clever, cozy, curious, eager, friendly, funny, gentle,
-        glad, happy, hopeful, jolly, keen, kind, lively, loud, merry, mighty, noisy, perky, polite, proud,
-        quick, quiet, safe, shy, silly, smart, snug, strong, wild, wise, witty
+        bold, brave, bright, busy, calm, cheery, clever, cool, curious, eager, friendly, funny, gentle,
+        glad, happy, hopeful, jolly, keen, kind, lively, loud, merry, mighty, noisy, patient, perky,
+        playful, polite, proud, quick, quiet, shy, silly, smart, strong, wild, wise, witty
         """
     ),
     "thing": _listed(

@@ -1,7 +1,7 @@
 """Generating text: prefill the prompts, then one token at a time through the model's state."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -93,46 +93,44 @@ def _decode(
     settings: SamplingSettings,
     generators: list[torch.Generator],
 ) -> Iterator[Tensor]:
-    """(batch,) tokens per step. When the context is full its later half is read again."""
+    """(batch,) tokens per step. When the context of a row is full, its later half is read again."""
     device = next(model.parameters()).device
     capacity = model.settings.max_position_embeddings
     vocab_size = model.settings.vocab_size or 0
-    history = [list(prompt) for prompt in prompts]
+    windows = [list(prompt[-(capacity - 1) :]) for prompt in prompts]
     seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
     for row, prompt in enumerate(prompts):
         seen[row, prompt] = True
     was_training = model.training
     model.eval()
     try:
-        logits, state, used = _prefill(model, [ids[-(capacity - 1) :] for ids in history], device)
+        logits, state = _prefill(model, windows, device)
         for remaining in range(settings.max_new_tokens - 1, -1, -1):
             tokens = sample_next(logits, seen, settings, generators)
             seen[torch.arange(len(prompts), device=device), tokens] = True
-            for ids, token in zip(history, tokens.tolist(), strict=True):
+            for ids, token in zip(windows, tokens.tolist(), strict=True):
                 ids.append(token)
             yield tokens
             if not remaining:
                 return
-            if used + 1 > capacity:
-                recent = [ids[-(capacity // 2) :] for ids in history]
-                logits, state, used = _prefill(model, recent, device)
+            if any(len(ids) > capacity for ids in windows):
+                windows = [ids[-(capacity // 2) :] if len(ids) > capacity else ids for ids in windows]
+                logits, state = _prefill(model, windows, device)
             else:
                 output = model(tokens[:, None], state)
-                logits, state, used = output.logits[:, -1], output.state, used + 1
+                logits, state = output.logits[:, -1], output.state
     finally:
         model.train(was_training)
 
 
-def _prefill(model: LanguageModel, prompts: list[list[int]], device: torch.device) -> tuple[Tensor, object, int]:
-    """Logits after each prompt, the state, and the length of the longest row."""
+def _prefill(model: LanguageModel, prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Any]:
+    """Logits after each prompt, and the state."""
     lengths = torch.tensor([len(ids) for ids in prompts], device=device)
-    longest = int(lengths.max())
-    padded = torch.zeros(len(prompts), longest, dtype=torch.int64, device=device)
+    padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64, device=device)
     for row, ids in enumerate(prompts):
         padded[row, : len(ids)] = torch.tensor(ids, device=device)
     output = model(padded, model.initial_state(len(prompts)), lengths)
-    logits = output.logits[torch.arange(len(prompts), device=device), lengths - 1]
-    return logits, output.state, longest
+    return output.logits[torch.arange(len(prompts), device=device), lengths - 1], output.state
 
 
 def _continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:

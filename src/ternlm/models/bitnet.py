@@ -163,6 +163,10 @@ class BitNet(LanguageModel):
         self.register_buffer("rotary", table, persistent=False)
 
     def forward(self, tokens: Tensor, state: BitNetState | None = None, lengths: Tensor | None = None) -> Output:
+        if tokens.shape[1] > self.settings.max_position_embeddings:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens exceed max_position_embeddings={self.settings.max_position_embeddings}"
+            )
         self.refresh()
         x = self.model.embed_tokens(tokens).to(self.compute_dtype)
         if state is None:

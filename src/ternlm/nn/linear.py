@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ternlm.ops.quantize import Granularity, absmean, quantize_rows, write_ternary_codes
 from ternlm.ops.quantized_linear import quantized_linear
@@ -94,8 +95,8 @@ class BitLinear(nn.Module):
         """Bring the codes up to date with the latent weights; free when nothing has changed.
 
         Optimizer steps, loading a state dict and in-place edits all raise the version counter of
-        the parameter, except fused optimizers: for those `training.optimizer` raises it. A compiled
-        graph cannot read it, so a compiled model must be refreshed from outside, before the graph runs.
+        the parameter (edits of `weight.data` do not: torch hides them). A compiled graph cannot read
+        it, so a compiled model must be refreshed from outside, before the graph runs.
         """
         if not self._is_quantized:
             return
@@ -135,3 +136,12 @@ class BitLinear(nn.Module):
     def extra_repr(self) -> str:
         names = ", ".join(f"{name}={size}" for name, size in self.out_features.items())
         return f"in_features={self.in_features}, {names}, weights={self._mode.weights}"
+
+
+def _raise_versions(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.autograd.graph.increment_version(parameters)
+
+
+# Fused optimizers write parameters without raising their versions, by which layers know that codes are stale.
+register_optimizer_step_post_hook(_raise_versions)

@@ -2,7 +2,8 @@
 
 The product of activation codes (at most 127) and ternary codes (at most 1) over K columns stays
 below 127 K, so an int32 accumulator is always exact and a float32 one is while K <= 132,104.
-Every path below therefore returns the same integers; only the speed differs.
+Every path below therefore returns the same integers; only the speed differs. Weight codes of 8 bits
+make sums 127 times as large: then the float32 paths are exact while K <= 1,040 and round beyond.
 """
 
 import torch

@@ -62,7 +62,7 @@ def build_optimizer(model: LanguageModel, settings: OptimizerSettings) -> torch.
     rest = [p for p in model.parameters() if id(p) not in matrices]
     groups = [{"params": decayed, "name": "matrices"}, {"params": rest, "name": "rest"}]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    optimizer = torch.optim.AdamW(
+    return torch.optim.AdamW(
         groups,
         lr=settings.learning_rate,
         betas=settings.betas,
@@ -70,9 +70,6 @@ def build_optimizer(model: LanguageModel, settings: OptimizerSettings) -> torch.
         weight_decay=0.0,
         fused=fused,
     )
-    # The fused kernels write parameters without raising their versions, by which layers know that codes are stale.
-    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version([*decayed, *rest]))
-    return optimizer
 
 
 def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:

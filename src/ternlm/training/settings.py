@@ -110,7 +110,8 @@ class RunSettings(Settings):
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise SettingsError(
                 f"data.sequence_length={self.data.sequence_length} exceeds "
-                f"model.max_position_embeddings={self.model.max_position_embeddings}. Raise the second or lower the first."
+                f"model.max_position_embeddings={self.model.max_position_embeddings}. "
+                "Lower the first or raise the second."
             )
         if self.training.precision == "fp16" and getattr(self.model, "hidden_act", "") == "relu2":
             raise SettingsError("model.hidden_act=relu2 overflows in training.precision=fp16. Use bf16 or fp32.")
