@@ -19,7 +19,7 @@ import torch
 
 from builders import Fault, random_tokens, tiny_bitnet
 from ternlm import checkpoint
-from ternlm.errors import CheckpointError, EnvironmentFault, TernlmError
+from ternlm.errors import CheckpointError, Diverged, EnvironmentFault, TernlmError
 from ternlm.models import LanguageModel, QuantizationMode
 from ternlm.tokenizers import ByteTokenizer, train_bpe
 from ternlm.training.optimizer import OptimizerSettings, build_optimizer, optimizer_tensors
@@ -122,7 +122,7 @@ def test_a_model_that_is_not_finite_is_not_saved(root: Path, value: float) -> No
     made = contents()
     tensors = dict(made.model)
     tensors["model.norm.weight"] = tensors["model.norm.weight"].clone().fill_(value)
-    with pytest.raises(CheckpointError, match=r"model\.norm\.weight.*not saved"):
+    with pytest.raises(Diverged, match=r"model\.norm\.weight.*not saved"):
         checkpoint.save(root, 9, made._replace(model=tensors))
     assert checkpoint.steps(root) == [3, 7]
 

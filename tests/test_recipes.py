@@ -71,6 +71,17 @@ def test_a_file_extends_a_recipe_and_changes_only_what_it_says(tmp_path: Path) -
     assert mine.schedule == demo.schedule
 
 
+def test_a_file_may_extend_one_with_dotted_names_and_may_not_extend_itself(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("training.max_steps: 5\ntraining: {seed: 1, batch_size: 3}\n")
+    (tmp_path / "mine.yaml").write_text(f"extends: {tmp_path}/base.yaml\ntraining: {{seed: 2}}\nlr: 1e-3\n")
+    values = load_recipe(str(tmp_path / "mine.yaml")).values
+    training = settings_from(resolve([Layer("file", values)], setting_names())).training
+    assert (training.max_steps, training.seed, training.batch_size) == (5, 2, 3)
+    (tmp_path / "loop.yaml").write_text(f"extends: {tmp_path}/loop.yaml\n")
+    with pytest.raises(SettingsError):
+        load_recipe(str(tmp_path / "loop.yaml"))
+
+
 def test_yaml_and_json_say_the_same(tmp_path: Path) -> None:
     values = {"training": {"max_steps": 3}, "schedule": {"name": "wsd"}}
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(values))

@@ -21,7 +21,7 @@ from torch import Tensor
 
 import ternlm
 from ternlm.device import choose_dtype
-from ternlm.errors import CheckpointError, EnvironmentFault, SettingsError
+from ternlm.errors import CheckpointError, Diverged, EnvironmentFault, SettingsError
 from ternlm.files import replace_durably, synchronize_folder, to_json, write_durably
 from ternlm.models import LanguageModel, QuantizationMode, build_model, model_settings
 from ternlm.run_directory import find_run
@@ -72,12 +72,15 @@ def save(root: Path, step: int, contents: Contents, pinned: str | None = None) -
         pinned: Why this checkpoint must never be pruned, or None.
 
     Raises:
-        CheckpointError: A value is not finite (the model has diverged).
+        Diverged: A value is not finite.
+        CheckpointError: What was written does not read back as it should.
         EnvironmentFault: The disk is full or the folder cannot be written.
     """
     for name, tensor in contents.model.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"tensor '{name}' holds non-finite values at step {step}; it was not saved.")
+            raise Diverged(
+                f"tensor '{name}' holds non-finite values at step {step}; it is not saved, earlier checkpoints are good."
+            )
     target = root / f"step_{step:06d}"
     temporary = root / f".tmp-{target.name}"
     try:
@@ -95,6 +98,7 @@ def save(root: Path, step: int, contents: Contents, pinned: str | None = None) -
             f"checkpoint '{target}' cannot be written: {error.strerror}. Earlier checkpoints are untouched; "
             "free disk space or choose another --runs-dir, then resume."
         ) from None
+    verify(target)  # before anything older is pruned
     return target
 
 

@@ -165,6 +165,23 @@ def test_l10_a_log_that_cannot_be_written_is_given_up(tmp_path: Path) -> None:
     assert "going on" in stream.getvalue()
 
 
+@pytest.mark.parametrize("error", [BrokenPipeError(), SystemExit(1)])
+def test_l10_a_reader_that_went_away_silences_the_console_and_nothing_else(
+    tmp_path: Path, error: BaseException
+) -> None:
+    tracker, stream, log = console(tmp_path)
+
+    def closed(*args: Any, **options: Any) -> None:
+        raise error
+
+    tracker._console.print = closed  # type: ignore[method-assign]
+    tracker.log("train", TRAIN_ROW)
+    tracker.say("going on")
+    tracker.close()
+    assert stream.getvalue() == ""
+    assert len(log.read_text().splitlines()) == 2
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, 1e300])
 def test_extreme_numbers_are_shown_and_not_fatal(value: float) -> None:
     assert "loss" in training_numbers(TRAIN_ROW | {"train/loss": value, "train/bpb": value})

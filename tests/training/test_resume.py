@@ -45,7 +45,8 @@ def settings(folder: Path, **sections: dict[str, Any]) -> RunSettings:
         "tracking": {"every_steps": 1, "tensorboard": False},
         "evaluation": {"every_steps": 4, "sample_every_steps": 5, "sample_tokens": 3, "prompts": ["The", "The"]},
     }
-    return tiny_settings(folder, **{name: values | sections.get(name, {}) for name, values in base.items()})
+    merged = {name: base.get(name, {}) | sections.get(name, {}) for name in base | sections}
+    return tiny_settings(folder, **merged)
 
 
 def start(run: RunDirectory, prepared: Prepared, resume_from: Path | None = None, **sections: Any) -> Progress:
@@ -311,3 +312,34 @@ def test_the_whole_process_state_does_not_matter(tmp_path: Path, prepared: Prepa
     torch.rand(17)
     start(run, prepared)
     assert state(run) == state(whole)
+
+
+@pytest.mark.parametrize("step", [4, STEPS])
+def test_l13_an_evaluation_cut_off_by_a_signal_is_made_on_resume(
+    tmp_path: Path, prepared: Prepared, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    alone, stopped = run_in(tmp_path, "alone"), run_in(tmp_path, "stopped")
+    start(alone, prepared)
+    evaluate = Trainer.evaluate
+
+    def cut_off(self: Trainer) -> Any:
+        if self.progress.step == step:
+            self.interruption.received = 2
+        return evaluate(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", cut_off)
+        with pytest.raises(Interrupted):
+            start(stopped, prepared)
+    resume(stopped, prepared)
+    losses = [[(row["step"], row["val/loss"]) for row in read_jsonl(run.evaluations)] for run in (alone, stopped)]
+    assert losses[0] == losses[1]
+
+
+def test_a_group_size_that_does_not_fit_is_refused_before_anything_is_created(
+    tmp_path: Path, prepared: Prepared
+) -> None:
+    run = run_in(tmp_path, "grouped")
+    with pytest.raises(SettingsError, match="group_size=7"):
+        start(run, prepared, quantization={"granularity": "group", "group_size": 7})
+    assert not run.path.exists()

@@ -52,6 +52,15 @@ def main() -> None:
     except KeyboardInterrupt:
         typer.echo("Interrupted.", err=True)
         sys.exit(130)
+    except (RuntimeError, MemoryError) as error:
+        if "torch" not in sys.modules:
+            raise
+        from ternlm.device import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        typer.echo(f"MemoryExhausted: {error}. Lower the batch size or the sequence length.", err=True)
+        sys.exit(5)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)

@@ -72,7 +72,9 @@ SENTENCES = {
     "mended": ("They [how] mended the {t} with [toys].",),
     # Sharing.
     "hunger": ("At noon {h.he} sat [spot] and ate [food], [food] and [food].",),
-    "share": ('"I have no food," [said] {f} [how]. {h} [how] gave {f.him} [food] and [food].',),
+    "hungry": ("Then [friend], [a trait] [someone], [went] by with [toys].",),
+    "share": ('"I have no food," [said] {f}. {h} [how] gave {f.him} [food] and [food].',),
+    "thanks": ("{f} [how] gave {h.him} [toys].", "They played with [toys]."),
     # A fear overcome.
     "fear": ("But [spot] stood [a trait] [animal] with [items].",),
     "courage": ("{h.He} [how] took [number] steps, and it let {h.him} pass. Then {h.he} found [items].",),
@@ -99,7 +101,7 @@ SENTENCES = {
         """
         [start] | [lost] [sorrow] [search] | [arrival] [found] [gift] [close]~
         [start] | [broken] [sorrow] | [arrival] [mended] [gift] [close]~
-        [start] | [hunger] [arrival] | [share] [gift] [close]~
+        [start] | [hunger] [hungry] | [share] [thanks] [close]~
         [start] | [fear] [sorrow] | [courage] [close]~
         [start] | [arrival] [stuck] | [pull] [gift] [close]~
         [start] | [hiding] [sorrow] | [surprise] [gift] [close]~

@@ -122,10 +122,10 @@ DESCRIPTIONS = {
         trotted, walked, went
         """
     ),
-    "said": _listed("called, cried, gasped, laughed, said, sang, shouted, yelled"),
+    "said": _listed("called, cried, exclaimed, gasped, said, shouted, squeaked, yelled"),
     "how": _listed(
         """
-        bravely, calmly, eagerly, firmly, gently, gladly, happily, kindly, loudly, neatly, politely,
+        bravely, calmly, eagerly, firmly, gently, gladly, happily, kindly, neatly, nicely, politely,
         proudly, quickly, shyly, slowly, warmly
         """
     ),

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from ternlm.errors import SettingsError
 from ternlm.ops.quantize import Granularity, absmean, quantize_rows, write_ternary_codes
 from ternlm.ops.quantized_linear import quantized_linear
 from ternlm.settings import Count, Settings
@@ -53,10 +54,18 @@ class BitLinear(nn.Module):
         in_features: Width of the input.
         out_features: Rows of each merged matrix by name.
         mode: How weights and activations are rounded.
+
+    Raises:
+        SettingsError: The group size does not divide the width.
     """
 
     def __init__(self, in_features: int, out_features: Mapping[str, int], mode: QuantizationMode) -> None:
         super().__init__()
+        if mode.granularity == "group" and in_features % mode.group_size:
+            raise SettingsError(
+                f"quantization.group_size={mode.group_size} does not divide a width of {in_features}. "
+                "Choose a divisor of all widths, or quantization.granularity=tensor."
+            )
         self.in_features = in_features
         self.out_features = dict(out_features)
         self.sizes = list(out_features.values())

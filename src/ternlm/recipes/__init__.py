@@ -69,7 +69,8 @@ def load_recipe(reference: str) -> Recipe:
 
 
 def _on_top(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    merged = {section: dict(fields) for section, fields in base.items()}
+    merged = dict(base)
     for section, fields in values.items():
-        merged[section] = merged.get(section, {}) | fields if isinstance(fields, dict) else fields
+        below = merged.get(section)
+        merged[section] = below | fields if isinstance(below, dict) and isinstance(fields, dict) else fields
     return merged

@@ -47,7 +47,7 @@ class ConsoleTracker(Tracker):
     def say(self, text: str) -> None:
         """Show a sentence above the bar and keep it in the log file."""
         if not self._quiet:
-            self._console.print(escape(text), soft_wrap=True)
+            self._show(text)
         self._keep(text)
 
     def progress(self, step: int, numbers: str) -> None:
@@ -61,7 +61,7 @@ class ConsoleTracker(Tracker):
             self.progress(int(row["step"]), numbers)
             line = f"step {row['step']}/{self._total}  {numbers}"
             if self._bar is None and not self._quiet:
-                self._console.print(escape(line), soft_wrap=True)
+                self._show(line)
             self._keep(line)
         elif kind == "eval":
             parts = [f"val loss {row['val/loss']:.4f}"]
@@ -76,6 +76,12 @@ class ConsoleTracker(Tracker):
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+    def _show(self, text: str) -> None:
+        try:
+            self._console.print(escape(text), soft_wrap=True)
+        except (OSError, SystemExit):  # rich ends the process when nobody reads any more; training goes on
+            self._quiet = True
 
     def _keep(self, text: str) -> None:
         if self._log_file is not None:

@@ -44,8 +44,8 @@ class Interruption:
     def error(self, outcome: str) -> TernlmError:
         """The error for the signal received, saying what became of the run."""
         if self.received == signal.SIGTERM:
-            return Preempted(f"SIGTERM: {outcome}")
-        return Interrupted(f"interrupted: {outcome}")
+            return Preempted(outcome)
+        return Interrupted(outcome)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:

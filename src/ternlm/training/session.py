@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from ternlm import checkpoint
@@ -12,6 +13,7 @@ from ternlm.data.preparation import Prepared
 from ternlm.device import choose_device, set_up
 from ternlm.errors import CheckpointError, SettingsError, TokenizerError
 from ternlm.files import replace_durably, to_json
+from ternlm.models import build_model
 from ternlm.run_directory import RunDirectory
 from ternlm.settings.resolve import Layer, Resolved, read_mapping, resolve
 from ternlm.tokenizers import load_tokenizer
@@ -63,6 +65,8 @@ def start(
         _require_same_tokenizer(resume_from, prepared)
     require_one_window(prepared.corpus.split("train"), settings.data.sequence_length)
     prepared.corpus.split("validation")  # missing, it would stop the run at its first evaluation
+    with torch.device("meta"):
+        build_model(settings.model, settings.quantization)  # shapes that do not fit fail here
     run.create()
     with run.locked():
         write_config(run, settings, resolved.origins)
@@ -100,7 +104,7 @@ def resume(run: RunDirectory, overrides: Mapping[str, Any], prepare: Prepare, qu
             _require_same_tokenizer(first, prepared)
             _require_same_data(first, prepared)
         trainer = Trainer(settings, prepared.corpus, prepared.tokenizer, run, first, quiet)
-        if trainer.progress.step >= trainer.total_steps:
+        if trainer.progress.step >= trainer.total_steps and trainer.is_evaluated():
             trainer.console.say(
                 f"run '{run.id}' is complete at step {trainer.progress.step}. To train longer: "
                 f"ternlm resume {run.path} --steps {2 * trainer.progress.step}"

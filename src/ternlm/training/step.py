@@ -13,6 +13,10 @@ from ternlm.models import LanguageModel
 from ternlm.training.objective import ObjectiveSettings, loss_sums
 
 MOST_SKIPPED_IN_A_ROW = 3
+LOWER_RATE = (
+    "The last checkpoint is good. Start from it with a lower rate: "
+    "ternlm train --resume-from RUN --run-id NEW optimizer.learning_rate=..."
+)
 
 
 class StepResult(NamedTuple):
@@ -143,7 +147,4 @@ class Stepper:
             return  # the scaler is still searching for its scale
         self.warn(f"loss {loss:.4g}, gradient norm {grad_norm:.4g}: not finite, the step is skipped.")
         if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
-            raise Diverged(
-                f"loss or gradient was not finite {self.skipped_in_a_row} times in a row. "
-                "Resume from the last checkpoint with a lower optimizer.learning_rate."
-            )
+            raise Diverged(f"loss or gradient was not finite {self.skipped_in_a_row} times in a row. {LOWER_RATE}")

@@ -12,7 +12,7 @@ from ternlm import checkpoint
 from ternlm.data.corpus import Corpus
 from ternlm.data.loader import Loader
 from ternlm.device import choose_device, choose_dtype, peak_memory_mb
-from ternlm.errors import CheckpointError, Interrupted, Preempted, TernlmError
+from ternlm.errors import CheckpointError, Diverged, Interrupted, Preempted, SettingsError, TernlmError
 from ternlm.evaluation.evaluate import EvaluationResult, evaluate, require_fitting
 from ternlm.generation import SamplingSettings, generate
 from ternlm.models import LanguageModel, build_model
@@ -25,7 +25,7 @@ from ternlm.training.interruption import Interruption
 from ternlm.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_rates
 from ternlm.training.schedule import Schedule
 from ternlm.training.settings import RunSettings
-from ternlm.training.step import Stepper, StepResult
+from ternlm.training.step import LOWER_RATE, Stepper, StepResult
 
 
 @dataclass
@@ -113,6 +113,8 @@ class Trainer:
         self.model.train()
         try:
             with self.interruption.watched():
+                if not self.is_evaluated():
+                    self.evaluate()
                 while self.progress.step < self.total_steps and not self._out_of_time(clock):
                     self._one_step(clock)
                 self._finish(clock)
@@ -139,7 +141,7 @@ class Trainer:
         step, ends = self.progress.step, self.progress.step == self.total_steps
         if step % self.settings.tracking.every_steps == 0 or ends or step == 1:
             self.trackers.log("train", self._training_row(k, result, clock))
-        if step % self.settings.evaluation.every_steps == 0 or ends:
+        if not self.is_evaluated():
             self.evaluate()
         sample_every = self.settings.evaluation.sample_every_steps
         if sample_every is not None and (step % sample_every == 0 or ends):
@@ -147,8 +149,18 @@ class Trainer:
         if step % self.settings.training.checkpoint_every_steps == 0 or ends or self._near_boundary(step):
             self.save()
 
+    def is_evaluated(self) -> bool:
+        """Whether the evaluation that is due at this step, if any, has been made; a signal may have cut it off."""
+        step = self.progress.step
+        is_due = step > 0 and (step % self.settings.evaluation.every_steps == 0 or step == self.total_steps)
+        return not is_due or self.progress.last_evaluation.get("step") == step
+
     def evaluate(self) -> EvaluationResult:
-        """Score the validation split and log the result."""
+        """Score the validation split and log the result.
+
+        Raises:
+            Diverged: The loss is not finite.
+        """
         settings = self.settings.evaluation
         result = evaluate(
             self.model,
@@ -168,6 +180,8 @@ class Trainer:
             "val/top5_accuracy": result.top5_accuracy,
             **{name: value for name, value in result.as_dict().items() if name not in ("loss", "perplexity", "wall_s")},
         }
+        if not math.isfinite(result.loss):
+            raise Diverged(f"the validation loss is {result.loss} at step {self.progress.step}. {LOWER_RATE}")
         self.trackers.log("eval", row)
         self.progress.last_evaluation = {"step": self.progress.step, "loss": result.loss, "bpb": result.bpb}
         return result
@@ -211,6 +225,11 @@ class Trainer:
         with torch.device(self.device):
             model = build_model(self.settings.model, self.settings.quantization, training.gradient_checkpointing)
         model.compute_dtype = choose_dtype(training.precision, self.device)
+        if model.compute_dtype == torch.float16 and getattr(self.settings.model, "hidden_act", "") == "relu2":
+            raise SettingsError(
+                f"model.hidden_act=relu2 overflows in fp16, which is what training.precision={training.precision} "
+                f"means on {self.device}. Use training.precision=fp32."
+            )
         model.initialize(training.seed)
         return model
 
