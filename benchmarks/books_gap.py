@@ -88,6 +88,8 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "model.num_attention_heads": 4,
         "model.num_key_value_heads": 2,
         "model.intermediate_size": 1024,
+        "model.initializer_range": 0.12,
+        "model.embedding_init_std": 0.039,
         "tokenizer.name": "train",
         "tokenizer.vocab_size": 4096,
         "data.sequence_length": 256,
@@ -137,7 +139,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--books", type=Path, required=True, help="folder of .txt novels")
     parser.add_argument("--wikitext", type=Path, required=True, help="WikiText-2 valid, raw")
     parser.add_argument("--held-out", default="pride_and_prejudice.txt", help="the novel never trained on")
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--ternary-rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
     parser.add_argument("--full-rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
     return parser.parse_args()

@@ -154,8 +154,11 @@ def _grouped_product(x_codes: Tensor, s: Tensor, codes: Tensor, scale: Tensor) -
 
 
 def _weight_gradient(grad_y: Tensor, x: Tensor) -> Tensor:
-    """grad_y^T x. CPU kernels for 16-bit types are twice as fast when the left operand is laid out in rows."""
+    """grad_y^T x. CPU kernels for 16-bit types are twice as fast when the left operand is laid out in rows.
+
+    Laying it out costs in proportion to its size, so it pays where each element meets many columns of x.
+    """
     left = grad_y.t()
-    if grad_y.device.type == "cpu" and grad_y.dtype != torch.float32:
+    if grad_y.device.type == "cpu" and grad_y.dtype != torch.float32 and x.shape[1] >= 768:
         left = left.contiguous()
     return left @ x
