@@ -10,7 +10,7 @@ from ternlm.cli.options import RunsDir, prepare_with_bar, resolve_recipe
 if TYPE_CHECKING:
     from ternlm.training.trainer import Trainer
 
-PROMPT = "One morning"
+PROMPT = "One sunny day,"
 
 
 def demo(
@@ -58,7 +58,7 @@ def demo(
         typer.echo(f"5 after     {_sample(trainer)}")
         _report(trainer, floor)
     typer.echo(
-        f"\nnext: ternlm chat {run.path}\n      ternlm generate {run.path} -p 'Lily found a' --samples 3\n"
+        f"\nnext: ternlm chat {run.path}\n      ternlm generate {run.path} -p 'One rainy day,' --samples 3\n"
         f"      ternlm inspect {run.path} --layers\n"
         "      ternlm train bitnet-1m --data FOLDER_OF_TEXT --steps 1000"
     )
@@ -67,7 +67,7 @@ def demo(
 def _sample(trainer: "Trainer") -> str:
     from ternlm.generation import SamplingSettings, generate
 
-    settings = SamplingSettings(max_new_tokens=400, temperature=0.8, seed=trainer.settings.training.seed)
+    settings = SamplingSettings(max_new_tokens=600, temperature=0.4, seed=trainer.settings.training.seed)
     (sample,) = generate(trainer.model, trainer.tokenizer, [PROMPT], settings)
     text = "".join(c if c.isprintable() or c == "\n" else "." for c in sample.prompt + sample.text).strip()
     return text.replace("\n", "\n            ")
