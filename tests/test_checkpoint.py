@@ -378,7 +378,9 @@ def test_l11_the_name_appears_only_after_the_content_is_on_the_disk(
     monkeypatch.setattr(os, "rename", lambda a, b: (order.append(Path(b).name), real_rename(a, b))[1])
     checkpoint.save(tmp_path, 4, contents())
     place = order.index("step_000004")
-    assert order[:place].count("fsync") == len(FILES) + 2, "each file, the manifest, and the folder"
+    assert order[:place].count("fsync") == len(FILES) + 4, (
+        "each file, the manifest; the folder, also after each tokenizer file"
+    )
     assert order[place + 1 :] == ["fsync"], "the folder that holds the new name"
 
 

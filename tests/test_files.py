@@ -45,7 +45,7 @@ def test_content_reaches_the_disk_before_the_name_does(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Path, "replace", replace)
     files.replace_durably(tmp_path / "a", b"x")
-    assert order == ["fsync", "replace"]
+    assert order == ["fsync", "replace", "fsync"]  # content, name, folder
 
 
 def failing(code: int) -> Callable[..., None]:

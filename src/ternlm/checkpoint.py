@@ -79,7 +79,7 @@ def save(root: Path, step: int, contents: Contents, pinned: str | None = None) -
     for name, tensor in contents.model.items():
         if not bool(torch.isfinite(tensor).all()):
             raise Diverged(
-                f"tensor '{name}' holds non-finite values at step {step}; it is not saved, earlier checkpoints are good."
+                f"tensor '{name}' holds non-finite values at step {step}; it is not saved, earlier ones are good."
             )
     target = root / f"step_{step:06d}"
     temporary = root / f".tmp-{target.name}"

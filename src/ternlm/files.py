@@ -1,8 +1,9 @@
-"""Writing to disk so that nobody ever reads half of it."""
+"""Writing to disk so that nobody ever reads half of it, and holding a folder for one process."""
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def replace_durably(path: Path, content: bytes) -> None:
     temporary.unlink(missing_ok=True)
     write_durably(temporary, content)
     temporary.replace(path)
+    synchronize_folder(path.parent)
 
 
 def synchronize_folder(folder: Path) -> None:
@@ -42,6 +44,27 @@ def synchronize_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def held(lock: Path, in_use: Exception) -> Iterator[None]:
+    """Hold a lock file while the block runs; the system frees it however the process ends.
+
+    Args:
+        lock: Made if missing.
+        in_use: Raised if another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no flock
+        yield
+        return
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise in_use from None
+        yield
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:

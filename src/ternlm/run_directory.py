@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ternlm.errors import EnvironmentFault, SettingsError
-from ternlm.files import replace_durably
+from ternlm.files import held, replace_durably
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -85,18 +85,10 @@ class RunDirectory:
         Raises:
             EnvironmentFault: Another process trains here.
         """
-        try:
-            import fcntl
-        except ImportError:  # Windows has no flock
-            yield
-            return
-        with (self.path / "run.lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise EnvironmentFault(
-                    f"run '{self.path}' is being trained by another process. Stop it first, or choose another run."
-                ) from None
+        in_use = EnvironmentFault(
+            f"run '{self.path}' is being trained by another process. Stop it first, or choose another run."
+        )
+        with held(self.path / "run.lock", in_use):
             yield
 
     def cut_after(self, step: int) -> None:

@@ -18,6 +18,14 @@ RunsDir = Annotated[str | None, typer.Option("--runs-dir", help="Where runs live
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any other setting.", show_default=False)
 ]
+RecipeAndSettings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="RECIPE [KEY=VALUE]...",
+        help="A recipe or a .yaml/.json file, then any settings.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Checkpoint = Annotated[

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ternlm.cli.options import Json, print_json, resolve_recipe, split_recipe
+from ternlm.cli.options import Json, RecipeAndSettings, print_json, resolve_recipe, split_recipe
 from ternlm.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -15,11 +15,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="A recipe or a .yaml/.json file, then any settings.",
-                       show_default=False),
-    ] = None,
+    recipe: RecipeAndSettings = None,
     data: Annotated[str | None, typer.Option(help="Corpus name, file, folder, glob, or hf:owner/name.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences per optimizer step.")] = None,
     steps: Annotated[str | None, typer.Option(help="Optimizer steps; replaces other limits.")] = None,

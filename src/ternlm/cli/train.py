@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ternlm.cli.options import RunsDir, prepare_with_bar, resolve_recipe, split_recipe
+from ternlm.cli.options import RecipeAndSettings, RunsDir, prepare_with_bar, resolve_recipe, split_recipe
 from ternlm.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 
 
 def train(
-    recipe: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="RECIPE [KEY=VALUE]...", help="A recipe or a .yaml/.json file, then any settings.",
-                       show_default=False),
-    ] = None,
+    recipe: RecipeAndSettings = None,
     data: Annotated[str | None, typer.Option(help="Corpus name, file, folder, glob, or hf:owner/name.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="byte, train, a path, or a hub name.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,

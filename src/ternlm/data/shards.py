@@ -6,7 +6,6 @@ files are cut back to that point and the documents skipped. The manifest is writ
 a manifest is complete. Reading is left to `corpus`, files of one split to `writer`.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -27,8 +26,9 @@ from ternlm.data.catalog import SPLITS, is_local, open_streams
 from ternlm.data.corpus import MANIFEST, SCHEMA, Corpus, TokenStream, load_corpus, read_manifest, token_dtype
 from ternlm.data.documents import find_files
 from ternlm.data.settings import DataSettings
-from ternlm.data.writer import SplitWriter, synchronize_folder
+from ternlm.data.writer import SplitWriter
 from ternlm.errors import DataError, Interrupted
+from ternlm.files import held, replace_durably, to_json
 from ternlm.tokenizers.interface import Tokenizer
 
 __all__ = [
@@ -200,7 +200,7 @@ class _Preparation:
             "dropped": self.dropped,
             "splits": {name: writer.commit() for name, writer in self.writers.items()},
         }
-        _write_json(self.directory / _STATE, state)
+        replace_durably(self.directory / _STATE, to_json(state))
         self.uncommitted = 0
 
     def _finish(self) -> None:
@@ -225,7 +225,7 @@ class _Preparation:
             "duplicates_dropped": self.dropped,
             "splits": {name: writer.finish() for name, writer in self.writers.items()},
         }
-        _write_json(self.directory / MANIFEST, manifest)
+        replace_durably(self.directory / MANIFEST, to_json(manifest))
         (self.directory / _STATE).unlink()
 
     def _read_state(self) -> dict[str, Any]:
@@ -300,23 +300,7 @@ def _open_finished(directory: Path, identity: str) -> Corpus:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Hold the folder's lock; the system releases it when the process ends, however it ends."""
     directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(
-                f"{directory} is being prepared by another process. Wait for it, or choose another folder."
-            ) from None
+    in_use = DataError(f"{directory} is being prepared by another process. Wait for it, or choose another folder.")
+    with held(directory / ".lock", in_use):
         yield
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
-    synchronize_folder(path.parent)

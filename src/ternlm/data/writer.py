@@ -14,6 +14,7 @@ import numpy as np
 
 from ternlm.data.corpus import split_id
 from ternlm.errors import DataError
+from ternlm.files import synchronize_folder
 
 PARTIAL = ".part"
 _TABLES = {"documents.bin": 16, "hashes.bin": 8}  # bytes per document
@@ -139,15 +140,6 @@ class SplitWriter:
             "words": self.words,
             "longest_document": self.longest_document,
         }
-
-
-def synchronize_folder(directory: Path) -> None:
-    """Make renames inside a folder durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _synchronize(file: BinaryIO) -> None:

@@ -5,11 +5,11 @@ second file says what this package needs to build the same tokenizer again.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ternlm.errors import TokenizerError
+from ternlm.files import replace_durably
 
 if TYPE_CHECKING:
     from ternlm.tokenizers.interface import Tokenizer
@@ -35,22 +35,12 @@ def write_files(tokenizer: "Tokenizer", directory: Path, kind: str) -> None:
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / "tokenizer.json", tokenizer.to_json().encode())
-        write_atomically(directory / "tokenizer_config.json", json.dumps(config, indent=1).encode())
+        replace_durably(directory / "tokenizer.json", tokenizer.to_json().encode())
+        replace_durably(directory / "tokenizer_config.json", json.dumps(config, indent=1).encode())
     except OSError as error:
         raise TokenizerError(
             f"the tokenizer cannot be written to {directory}: {error.strerror}. Choose a writable folder."
         ) from None
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file so that a reader sees the old content or the new, nothing between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

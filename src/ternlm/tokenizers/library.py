@@ -16,8 +16,9 @@ import tokenizers
 from tokenizers.pre_tokenizers import PreTokenizer, Sequence, Split
 
 from ternlm.errors import TokenizerError
+from ternlm.files import replace_durably
 from ternlm.tokenizers.byte import byte_characters
-from ternlm.tokenizers.files import SPECIAL_NAMES, write_atomically, write_files
+from ternlm.tokenizers.files import SPECIAL_NAMES, write_files
 from ternlm.tokenizers.interface import Tokenizer, library_errors, readable
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -89,7 +90,7 @@ class LibraryTokenizer(Tokenizer):
     def save(self, directory: Path) -> None:
         write_files(self, directory, kind="library")
         if self.model_file is not None:
-            write_atomically(directory / "tokenizer.model", self.model_file)
+            replace_durably(directory / "tokenizer.model", self.model_file)
 
     def _raw(self, text: str) -> bytes:
         return b"".join(self._pieces[index] for index in self.encode(text))
