@@ -119,7 +119,7 @@ def _curve(made: "Plan", width: int = 60, height: int = 8) -> list[str]:
     """The learning rate as a small text chart, with its values at the marks."""
     schedule, last = made.schedule, made.steps - 1
     rates = [schedule.learning_rate(round(i * last / (width - 1))) for i in range(width)]
-    top = max(rates)
+    top = schedule.peak
     blocks = " ▁▂▃▄▅▆▇█"
     lines = []
     for row in range(height, 0, -1):
@@ -127,8 +127,8 @@ def _curve(made: "Plan", width: int = 60, height: int = 8) -> list[str]:
         label = f"{top:.2e}" if row == height else ""
         lines.append(f"{label:>9} " + "".join(blocks[round(8 * share)] for share in filled))
     marks: list[dict[str, Any]] = made.as_dict()["rates"]
-    named = [f"step {m['step']:,}: {m['learning_rate']:.3g}, decay {m['weight_decay']:.3g}" for m in marks]
-    return ["learning rate", *lines, "          " + "   ".join(named)]
+    named = [f"  step {m['step']:>9,}  {m['learning_rate']:.3g}, decay {m['weight_decay']:.3g}" for m in marks]
+    return ["learning rate", *lines, *named]
 
 
 def _size(count: float) -> str:

@@ -1,6 +1,7 @@
 """Recipes: complete settings of a run, one YAML file each, shipped with the package."""
 
 import difflib
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,9 +29,10 @@ class Recipe(NamedTuple):
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes."""
+    """Names of the shipped recipes, sizes in numeric order."""
     folder = resources.files(__package__)
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    names = (file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
 
 
 def recipe_text(name: str) -> str:
