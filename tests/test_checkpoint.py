@@ -437,7 +437,7 @@ def test_pruning_never_deletes_the_only_checkpoint_nor_what_it_did_not_write(tmp
 def test_pruning_renames_before_it_deletes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(tmp_path, 1, 2, 3)
     deleted: list[str] = []
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, **options: deleted.append(Path(path).name))
+    monkeypatch.setattr(checkpoint.store.shutil, "rmtree", lambda path, **options: deleted.append(Path(path).name))
     checkpoint.prune(tmp_path, keep_last=2)
     assert set(deleted) == {".del-step_000001"}
     assert checkpoint.steps(tmp_path) == [2, 3]

@@ -20,6 +20,7 @@ from ternlm.run_directory import RunDirectory
 from ternlm.tokenizers import Tokenizer
 from ternlm.tracking import Trackers, build_trackers
 from ternlm.tracking.console import ConsoleTracker, short_duration
+from ternlm.training.clock import Clock
 from ternlm.training.compilation import compile_blocks
 from ternlm.training.interruption import Interruption
 from ternlm.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_rates
@@ -109,7 +110,7 @@ class Trainer:
         """
         if self.settings.training.compile:
             compile_blocks(self.model, self._one_micro_batch, self.console.say)
-        clock = _Clock(self.progress.elapsed_s)
+        clock = Clock(self.progress.elapsed_s)
         self.model.train()
         try:
             with self.interruption.watched():
@@ -124,7 +125,7 @@ class Trainer:
             self.trackers.close()
         return self.progress
 
-    def _one_step(self, clock: "_Clock") -> None:
+    def _one_step(self, clock: Clock) -> None:
         self.interruption.check()
         k = self.progress.step
         set_rates(self.optimizer, self.schedule.learning_rate(k), self.schedule.weight_decay(k))
@@ -262,7 +263,7 @@ class Trainer:
         """Whether `step` completed updates are right before or right after a stage's first update."""
         return any(step in (boundary, boundary + 1) for boundary in self.schedule.boundaries())
 
-    def _finish(self, clock: "_Clock") -> None:
+    def _finish(self, clock: Clock) -> None:
         if self._last_saved != self.progress.step:
             self.save()
         if self.progress.step < self.total_steps:
@@ -274,7 +275,7 @@ class Trainer:
             f"{short_duration(self.progress.elapsed_s)} ({rate:,.0f} tokens/s)"
         )
 
-    def _saved_after_signal(self, clock: "_Clock") -> TernlmError:
+    def _saved_after_signal(self, clock: Clock) -> TernlmError:
         if self._last_saved != self.progress.step and self.progress.step > 0:
             self.save()
         where = self.run_directory.path
@@ -284,7 +285,7 @@ class Trainer:
             else f"nothing was trained yet. Start again with: ternlm resume {where}"
         )
 
-    def _out_of_time(self, clock: "_Clock") -> bool:
+    def _out_of_time(self, clock: Clock) -> bool:
         limit = self.settings.training.max_time
         return limit is not None and clock.elapsed() >= limit
 
@@ -296,7 +297,7 @@ class Trainer:
             "time": time.time(),
         }
 
-    def _training_row(self, k: int, result: StepResult, clock: "_Clock") -> dict[str, Any]:
+    def _training_row(self, k: int, result: StepResult, clock: Clock) -> dict[str, Any]:
         rates = clock.read()
         remaining = self.total_steps - self.progress.step
         bytes_per_token = self._bytes_per_token()
@@ -327,34 +328,3 @@ class Trainer:
         batch = self.loader.batch(self.progress.samples, self.stepper.micro_batch_size)
         self.model(batch.tokens).logits.float().mean().backward()
         self.optimizer.zero_grad(set_to_none=True)
-
-
-class _Clock:
-    """Throughput of the steps since the last reading, and the time of all sittings."""
-
-    def __init__(self, elapsed_s: float) -> None:
-        self._started = time.perf_counter() - elapsed_s
-        self._reset()
-
-    def elapsed(self) -> float:
-        return time.perf_counter() - self._started
-
-    def count(self, targets: int, step_s: float, data_s: float) -> None:
-        self._targets += targets
-        self._step_s += step_s
-        self._data_s += data_s
-        self._steps += 1
-
-    def read(self) -> dict[str, float]:
-        """tokens/s, milliseconds per step and per batch since the last reading."""
-        rates = {
-            "perf/tokens_per_sec": self._targets / max(self._step_s, 1e-9),
-            "perf/step_time_ms": 1e3 * self._step_s / max(self._steps, 1),
-            "perf/data_time_ms": 1e3 * self._data_s / max(self._steps, 1),
-        }
-        self._reset()
-        return rates
-
-    def _reset(self) -> None:
-        self._targets = self._steps = 0
-        self._step_s = self._data_s = 0.0

@@ -1,13 +1,6 @@
-"""Checkpoints: old or new, never a mixture, and proved by SHA-256 before a weight is touched.
-
-A checkpoint is a folder `step_NNNNNN` (completed optimizer steps) of safetensors and JSON files; no
-pickle is written or read. It is written beside its final place, brought to the disk, and renamed,
-so the name exists only when the content is complete. It holds what is needed to use it: weights,
-optimizer state, position, settings, and tokenizer.
-"""
+"""Checkpoints of one run: written, found, pointed at, and pruned."""
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,20 +9,14 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 import ternlm
-from ternlm.device import choose_dtype
-from ternlm.errors import CheckpointError, Diverged, EnvironmentFault, SettingsError
+from ternlm.checkpoint.manifest import CONFIG, MANIFEST, MODEL, OPTIMIZER, SCHEMA, STATE, read_manifest, verify
+from ternlm.errors import CheckpointError, Diverged, EnvironmentFault
 from ternlm.files import replace_durably, synchronize_folder, to_json, write_durably
-from ternlm.models import LanguageModel, QuantizationMode, build_model, model_settings
 from ternlm.run_directory import find_run
-from ternlm.tokenizers import Tokenizer, load_tokenizer
-
-SCHEMA = 1
-MANIFEST, MODEL, OPTIMIZER = "manifest.json", "model.safetensors", "optimizer.safetensors"
-STATE, CONFIG = "trainer_state.json", "config.json"
+from ternlm.tokenizers import Tokenizer
 
 _NAME = re.compile(r"step_(\d{6}|[1-9]\d{6,})")
 
@@ -50,16 +37,6 @@ class Contents(NamedTuple):
     state: Mapping[str, Any]
     config: Mapping[str, Any]
     tokenizer: Tokenizer
-
-
-class Loaded(NamedTuple):
-    """A model ready to use, and what it was trained with."""
-
-    model: LanguageModel
-    tokenizer: Tokenizer
-    config: dict[str, Any]
-    state: dict[str, Any]
-    path: Path
 
 
 def save(root: Path, step: int, contents: Contents, pinned: str | None = None) -> Path:
@@ -100,15 +77,6 @@ def save(root: Path, step: int, contents: Contents, pinned: str | None = None) -
         ) from None
     verify(target)  # before anything older is pruned
     return target
-
-
-def verify(path: Path) -> dict[str, Any]:
-    """Check every file of a checkpoint against its manifest, and return the manifest.
-
-    Raises:
-        CheckpointError: Something is missing, or differs in size or content.
-    """
-    return _read_verified(path, only=())[0]
 
 
 def newest_valid(root: Path, report: Callable[[str], None] | None = None) -> Path:
@@ -174,77 +142,6 @@ def resolve(reference: str, runs: Path) -> Path:
     return path
 
 
-def load(path: Path, device: torch.device | str = "cpu", mode: QuantizationMode | None = None) -> Loaded:
-    """Verify a checkpoint and build its model, in evaluation mode.
-
-    Args:
-        path: A checkpoint folder.
-        device: Where the model goes.
-        mode: Rounding to use instead of the one it was trained with.
-
-    Raises:
-        CheckpointError: The checkpoint is damaged or does not fit its own settings.
-    """
-    _, files = _read_verified(path, only=(MODEL, CONFIG, STATE))
-    config, state = _parse(path, CONFIG, files), _parse(path, STATE, files)
-    try:
-        settings = model_settings(config["model"])
-        if settings.vocab_size is None:
-            raise ValueError("model.vocab_size is not set")
-        mode = mode or QuantizationMode.from_mapping(config["quantization"], "quantization")
-        dtype = choose_dtype(config["training"]["precision"], torch.device(device))
-    except (LookupError, TypeError, ValueError, AttributeError, SettingsError) as error:
-        raise CheckpointError(f"'{path / CONFIG}' describes no model ({error}). Use another checkpoint.") from None
-    with torch.device(device):
-        model = build_model(settings, mode)
-    model.compute_dtype = dtype
-    load_tensors(model, parse_tensors(path, MODEL, files[MODEL]), path)
-    tokenizer = load_tokenizer(path)
-    expected = state.get("tokenizer_fingerprint")
-    if tokenizer.fingerprint != expected:
-        raise CheckpointError(
-            f"the tokenizer in '{path}' (fingerprint {tokenizer.fingerprint[:12]}) is not the one the model was "
-            f"trained with ({str(expected)[:12]}). Copy the original tokenizer files back."
-        )
-    return Loaded(model.eval(), tokenizer, config, state, path)
-
-
-def read_training_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Verified model tensors, optimizer tensors and counters of a checkpoint.
-
-    Raises:
-        CheckpointError: The checkpoint is damaged.
-    """
-    _, files = _read_verified(path, only=(MODEL, OPTIMIZER, STATE))
-    model, optimizer = (parse_tensors(path, name, files[name]) for name in (MODEL, OPTIMIZER))
-    return model, optimizer, _parse(path, STATE, files)
-
-
-def load_tensors(model: LanguageModel, tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Copy tensors into a model, all or nothing.
-
-    Raises:
-        CheckpointError: Names or shapes differ from the model's.
-    """
-    wanted = model.tensors()
-    for problem, names in (("lacks", wanted.keys() - tensors), ("has the unknown", tensors.keys() - wanted)):
-        if names:
-            example = min(names)
-            raise CheckpointError(
-                f"checkpoint '{path}' {problem} tensor '{example}' ({len(names)} in all); it was written for "
-                f"another model than {model.settings.family}. Choose another checkpoint or drop the overrides."
-            )
-    for name, tensor in wanted.items():
-        if tensor.shape != tensors[name].shape:
-            raise CheckpointError(
-                f"tensor '{name}' in '{path}' has shape {tuple(tensors[name].shape)}, the model wants "
-                f"{tuple(tensor.shape)}. Choose another checkpoint or drop the overrides."
-            )
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(tensors[name])
-
-
 def prune(root: Path, keep_last: int, keep_every: int | None = None) -> list[int]:
     """Delete checkpoints that policy does not keep, and return their steps.
 
@@ -287,18 +184,6 @@ def remove_unfinished(root: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def parse_tensors(path: Path, name: str, content: bytes) -> dict[str, Tensor]:
-    """Tensors of a safetensors file held in memory.
-
-    Raises:
-        CheckpointError: The bytes are not safetensors.
-    """
-    try:
-        return safetensors.torch.load(content)
-    except (SafetensorError, ValueError, KeyError, OverflowError, RuntimeError) as error:
-        raise CheckpointError(f"'{path / name}' is not a valid safetensors file: {error}.") from None
-
-
 def _write_contents(folder: Path, step: int, contents: Contents, pinned: str | None) -> None:
     state = {**contents.state, "step": step, "tokenizer_fingerprint": contents.tokenizer.fingerprint}
     tensors = {MODEL: contents.model, OPTIMIZER: contents.optimizer}
@@ -319,68 +204,6 @@ def _write_contents(folder: Path, step: int, contents: Contents, pinned: str | N
     write_durably(folder / MANIFEST, to_json(manifest))
 
 
-def _read_verified(path: Path, only: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The manifest, and the contents of the files in `only`: the very bytes that were hashed."""
-    if not path.is_dir():
-        raise CheckpointError(f"checkpoint '{path}' does not exist. Check the path.")
-    manifest = _read_manifest(path)
-    kept: dict[str, bytes] = {}
-    for name, expected in manifest["files"].items():
-        file = path / name
-        try:
-            is_usable = Path(name).name == name and not file.is_symlink() and file.is_file()
-            content = file.read_bytes() if is_usable else None
-        except OSError:
-            content = None
-        if content is None:
-            raise CheckpointError(f"checkpoint '{path}' lacks its file '{name}'. Use another checkpoint.")
-        if len(content) != expected["bytes"]:
-            raise CheckpointError(
-                f"'{file}' has {len(content):,} bytes, its manifest promises {expected['bytes']:,}: it is truncated "
-                "or was replaced. Use another checkpoint."
-            )
-        if hashlib.sha256(content).hexdigest() != expected["sha256"]:
-            raise CheckpointError(
-                f"'{file}' differs from its manifest (sha256): it is damaged or was edited. Use another checkpoint."
-            )
-        if name in only:
-            kept[name] = content
-    for name in only:
-        if name not in kept:
-            raise CheckpointError(f"checkpoint '{path}' has no '{name}' in its manifest. Use another checkpoint.")
-    return manifest, kept
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        schema = manifest["schema"]
-        sizes = [entry["bytes"] for entry in manifest["files"].values()]
-        hashes = [entry["sha256"] for entry in manifest["files"].values()]
-        well_formed = all(isinstance(n, int) for n in sizes) and all(isinstance(h, str) for h in hashes)
-        if not well_formed or not isinstance(schema, int):
-            raise TypeError("wrong types")
-    except OSError:
-        raise CheckpointError(f"'{path}' has no {MANIFEST}, so it is no complete checkpoint.") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"'{path / MANIFEST}' is malformed. Use another checkpoint.") from None
-    if schema > SCHEMA:
-        raise CheckpointError(
-            f"checkpoint '{path}' has format {schema}; this version reads up to {SCHEMA}. Upgrade ternlm."
-        )
-    return dict(manifest)
-
-
-def _parse(path: Path, name: str, files: Mapping[str, bytes]) -> dict[str, Any]:
-    try:
-        value = json.loads(files[name])
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"'{path / name}' is not valid JSON. Use another checkpoint.") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"'{path / name}' does not hold an object. Use another checkpoint.")
-    return value
-
-
 def _remove(path: Path) -> None:
     """Delete a checkpoint; renamed first, so that a half-deleted one never carries a valid name."""
     doomed = path.with_name(f".del-{path.name}")
@@ -391,6 +214,6 @@ def _remove(path: Path) -> None:
 
 def _is_pinned(path: Path) -> bool:
     try:
-        return bool(_read_manifest(path).get("pinned"))
+        return bool(read_manifest(path).get("pinned"))
     except CheckpointError:
         return False

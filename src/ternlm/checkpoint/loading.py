@@ -1,0 +1,95 @@
+"""From a verified checkpoint to a model, or to the state that training goes on from."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ternlm.checkpoint.manifest import CONFIG, MODEL, OPTIMIZER, STATE, parse_object, parse_tensors, read_verified
+from ternlm.device import choose_dtype
+from ternlm.errors import CheckpointError, SettingsError
+from ternlm.models import LanguageModel, QuantizationMode, build_model, model_settings
+from ternlm.tokenizers import Tokenizer, load_tokenizer
+
+
+class Loaded(NamedTuple):
+    """A model ready to use, and what it was trained with."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    config: dict[str, Any]
+    state: dict[str, Any]
+    path: Path
+
+
+def load(path: Path, device: torch.device | str = "cpu", mode: QuantizationMode | None = None) -> Loaded:
+    """Verify a checkpoint and build its model, in evaluation mode.
+
+    Args:
+        path: A checkpoint folder.
+        device: Where the model goes.
+        mode: Rounding to use instead of the one it was trained with.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged or does not fit its own settings.
+    """
+    _, files = read_verified(path, only=(MODEL, CONFIG, STATE))
+    config, state = parse_object(path, CONFIG, files), parse_object(path, STATE, files)
+    try:
+        settings = model_settings(config["model"])
+        if settings.vocab_size is None:
+            raise ValueError("model.vocab_size is not set")
+        mode = mode or QuantizationMode.from_mapping(config["quantization"], "quantization")
+        dtype = choose_dtype(config["training"]["precision"], torch.device(device))
+    except (LookupError, TypeError, ValueError, AttributeError, SettingsError) as error:
+        raise CheckpointError(f"'{path / CONFIG}' describes no model ({error}). Use another checkpoint.") from None
+    with torch.device(device):
+        model = build_model(settings, mode)
+    model.compute_dtype = dtype
+    load_tensors(model, parse_tensors(path, MODEL, files[MODEL]), path)
+    tokenizer = load_tokenizer(path)
+    expected = state.get("tokenizer_fingerprint")
+    if tokenizer.fingerprint != expected:
+        raise CheckpointError(
+            f"the tokenizer in '{path}' (fingerprint {tokenizer.fingerprint[:12]}) is not the one the model was "
+            f"trained with ({str(expected)[:12]}). Copy the original tokenizer files back."
+        )
+    return Loaded(model.eval(), tokenizer, config, state, path)
+
+
+def read_training_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """Verified model tensors, optimizer tensors and counters of a checkpoint.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged.
+    """
+    _, files = read_verified(path, only=(MODEL, OPTIMIZER, STATE))
+    model, optimizer = (parse_tensors(path, name, files[name]) for name in (MODEL, OPTIMIZER))
+    return model, optimizer, parse_object(path, STATE, files)
+
+
+def load_tensors(model: LanguageModel, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copy tensors into a model, all or nothing.
+
+    Raises:
+        CheckpointError: Names or shapes differ from the model's.
+    """
+    wanted = model.tensors()
+    for problem, names in (("lacks", wanted.keys() - tensors), ("has the unknown", tensors.keys() - wanted)):
+        if names:
+            example = min(names)
+            raise CheckpointError(
+                f"checkpoint '{path}' {problem} tensor '{example}' ({len(names)} in all); it was written for "
+                f"another model than {model.settings.family}. Choose another checkpoint or drop the overrides."
+            )
+    for name, tensor in wanted.items():
+        if tensor.shape != tensors[name].shape:
+            raise CheckpointError(
+                f"tensor '{name}' in '{path}' has shape {tuple(tensors[name].shape)}, the model wants "
+                f"{tuple(tensor.shape)}. Choose another checkpoint or drop the overrides."
+            )
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(tensors[name])
