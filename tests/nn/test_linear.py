@@ -207,8 +207,8 @@ def test_unknown_modes_are_refused_with_a_sentence() -> None:
 
 
 def test_a_group_that_does_not_divide_the_input_is_refused() -> None:
-    with pytest.raises(ValueError, match="group_size 7 does not divide in_features 24"):
-        layer(QuantizationMode(granularity="group", group_size=7)).refresh()
+    with pytest.raises(SettingsError, match="group_size=7 does not divide a width of 24"):
+        layer(QuantizationMode(granularity="group", group_size=7))
 
 
 @pytest.mark.slow

@@ -50,7 +50,8 @@ def absmean(weight: Tensor, granularity: Granularity = "tensor", group_size: int
     difference in the scale would move every code that sits on a threshold.
     """
     if granularity == "tensor":
-        mean = torch.linalg.vector_norm(weight, 1, dtype=torch.float64) / weight.numel()
+        sums = [weight[block].double().abs_().sum() for block in row_blocks(weight)]
+        mean = torch.stack(sums).sum() / weight.numel()
     else:
         width = weight.shape[1] if granularity == "row" else group_size
         if weight.shape[1] % width:
