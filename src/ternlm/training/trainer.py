@@ -324,7 +324,9 @@ class Trainer:
         return stream.bytes / targets if targets else None
 
     def _one_micro_batch(self) -> None:
-        """A forward and backward pass whose gradients are thrown away, to compile with."""
+        """A training and an evaluation pass whose results are thrown away, to compile with."""
         batch = self.loader.batch(self.progress.samples, self.stepper.micro_batch_size)
-        self.model(batch.tokens).logits.float().mean().backward()
+        self.model.train()(batch.tokens).logits.float().mean().backward()
         self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            self.model.eval()(batch.tokens)
