@@ -343,3 +343,15 @@ def test_a_group_size_that_does_not_fit_is_refused_before_anything_is_created(
     with pytest.raises(SettingsError, match="group_size=7"):
         start(run, prepared, quantization={"granularity": "group", "group_size": 7})
     assert not run.path.exists()
+
+
+def test_a_branch_killed_before_its_first_checkpoint_resumes_from_where_it_branched(
+    tmp_path: Path, prepared: Prepared, whole: RunDirectory
+) -> None:
+    branch = run_in(tmp_path, "branch")
+    source = whole.checkpoints / "step_000006"
+    interrupt(branch, prepared, 6, "death", lambda run, data: start(run, data, resume_from=source))
+    assert checkpoint.steps(branch.checkpoints) == [6]
+    resume(branch, prepared)
+    finals = [checkpoint.read_training_state(run.checkpoints / f"step_{STEPS:06d}")[0] for run in (whole, branch)]
+    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])

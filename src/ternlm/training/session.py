@@ -72,6 +72,8 @@ def start(
         write_config(run, settings, resolved.origins)
         trainer = Trainer(settings, prepared.corpus, prepared.tokenizer, run, resume_from, quiet)
         _say_start(trainer, resume_from)
+        if resume_from is not None:
+            trainer.save()  # killed before its own first checkpoint, the branch must not restart from nothing
         return trainer.run()
 
 
