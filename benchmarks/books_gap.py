@@ -1,12 +1,13 @@
 """What ternary weights cost in quality on real text, against the full-precision twin.
 
-Both arms have the same network, initial weights, tokens in the same order, and evaluation; each has its own
-learning rate, chosen from a sweep in which every point runs its own complete schedule. Selection uses the
+Both arms have the same network, tokens in the same order, and evaluation; each has its own learning rate and
+initial range, since these mean different things to weights that are rounded and to weights that are not. They are
+chosen from a sweep in which every point, written RATE:RANGE, runs its own complete schedule. Selection uses the
 validation split; the held-out book and WikiText-2 valid are scored with the chosen model of each arm.
 
     python benchmarks/books_gap.py --books DIR --wikitext FILE --held-out pride_and_prejudice.txt
 
-Writes benchmarks/results/books_gap-DATE.json and prints a table.
+Finished runs in `--runs` are not trained again. Writes benchmarks/results/books_gap-DATE.json and prints a table.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import math
 import shutil
 import subprocess
 import sys
-import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,12 @@ ARMS = {"ternary": "ternary", "full precision": "none"}
 def main() -> None:
     """Sweep both arms, score the best of each, and write the result."""
     arguments = _arguments()
-    with tempfile.TemporaryDirectory() as folder:
-        training = Path(folder) / "books"
-        training.mkdir()
-        for book in sorted(arguments.books.glob("*.txt")):
-            if book.name != arguments.held_out:
-                shutil.copy(book, training)
-        result = compare(arguments, training, Path(folder) / "runs")
+    training = arguments.runs / "books"
+    training.mkdir(parents=True, exist_ok=True)
+    for book in sorted(arguments.books.glob("*.txt")):
+        if book.name != arguments.held_out:
+            shutil.copy2(book, training)
+    result = compare(arguments, training, arguments.runs)
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"books_gap-{datetime.now(UTC):%Y-%m-%d}.json"
     file.write_text(json.dumps(result, indent=1) + "\n")
@@ -45,14 +44,18 @@ def compare(arguments: argparse.Namespace, training: Path, runs: Path) -> dict[s
     """Train every point of both sweeps and score the best point of each arm."""
     arms: dict[str, Any] = {}
     for arm, weights in ARMS.items():
-        rates = arguments.ternary_rates if arm == "ternary" else arguments.full_rates
         points = []
-        for rate in rates:
-            run = runs / f"{weights}-{rate}"
-            train(arguments, training, run, weights, rate)
+        for point in arguments.ternary if arm == "ternary" else arguments.full:
+            rate, initial_range = map(float, point.split(":"))
+            run = runs / f"{weights}-{rate:g}-{initial_range:g}"
+            if not (run / "checkpoints" / "final").exists():
+                train(arguments, training, run, weights, rate, initial_range)
             evaluations = [json.loads(line) for line in (run / "eval" / "eval_results.jsonl").open()]
-            points.append({"learning_rate": rate, "validation_loss": evaluations[-1]["val/loss"], "run": str(run)})
-            print(f"{arm}: learning rate {rate:g} -> validation loss {points[-1]['validation_loss']:.4f}", flush=True)
+            loss = evaluations[-1]["val/loss"]
+            points.append(
+                {"learning_rate": rate, "initial_range": initial_range, "validation_loss": loss, "run": str(run)}
+            )
+            print(f"{arm}: learning rate {rate:g}, range {initial_range:g} -> validation loss {loss:.4f}", flush=True)
         best = min(points, key=lambda point: point["validation_loss"])
         run = best["run"]
         for point in points:
@@ -60,7 +63,7 @@ def compare(arguments: argparse.Namespace, training: Path, runs: Path) -> dict[s
         arms[arm] = {
             "sweep": points,
             "learning_rate": best["learning_rate"],
-            "best_is_at_edge": best["learning_rate"] in (min(rates), max(rates)),
+            "initial_range": best["initial_range"],
             "held_out_book": score(run, arguments.books / arguments.held_out),
             "wikitext2_valid": score(run, arguments.wikitext),
         }
@@ -88,7 +91,6 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
         "model.num_attention_heads": 4,
         "model.num_key_value_heads": 2,
         "model.intermediate_size": 1024,
-        "model.initializer_range": 0.12,
         "model.embedding_init_std": 0.039,
         "tokenizer.name": "train",
         "tokenizer.vocab_size": 4096,
@@ -103,13 +105,16 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def train(arguments: argparse.Namespace, data: Path, run: Path, weights: str, rate: float) -> None:
+def train(
+    arguments: argparse.Namespace, data: Path, run: Path, weights: str, rate: float, initial_range: float
+) -> None:
     """One complete run."""
     shared = {name: value for name, value in settings(arguments).items() if name != "training.max_steps"}
     command = [
         sys.executable, "-m", "ternlm", "train", "bitnet-12m", "--quiet", "--data", str(data), "--run-id", run.name,
         "--runs-dir", str(run.parent), "--steps", str(arguments.steps), "--learning-rate", str(rate),
-        f"quantization.weights={weights}", *(f"{name}={value}" for name, value in shared.items()),
+        f"quantization.weights={weights}", f"model.initializer_range={initial_range}",
+        *(f"{name}={value}" for name, value in shared.items()),
     ]  # fmt: skip
     subprocess.run(command, check=True)
 
@@ -140,8 +145,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--wikitext", type=Path, required=True, help="WikiText-2 valid, raw")
     parser.add_argument("--held-out", default="pride_and_prejudice.txt", help="the novel never trained on")
     parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--ternary-rates", type=float, nargs="+", default=[2e-3, 4e-3, 8e-3])
-    parser.add_argument("--full-rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    parser.add_argument("--runs", type=Path, default=Path("runs/books_gap"), help="where the runs go")
+    parser.add_argument("--ternary", nargs="+", default=["2e-3:0.12", "4e-3:0.12", "8e-3:0.12"], metavar="RATE:RANGE")
+    parser.add_argument("--full", nargs="+", default=["1e-3:0.02", "2e-3:0.02", "4e-3:0.02"], metavar="RATE:RANGE")
     return parser.parse_args()
 
 
