@@ -9,8 +9,8 @@ import yaml
 from ternlm.errors import SettingsError
 from ternlm.recipes import load_recipe, recipe_names, recipe_text
 from ternlm.settings.resolve import Layer, resolve
+from ternlm.training.launch import settings_from
 from ternlm.training.plan import make_plan
-from ternlm.training.session import settings_from
 from ternlm.training.settings import setting_names
 
 

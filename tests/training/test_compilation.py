@@ -25,8 +25,12 @@ def test_compiling_says_how_long_it_took_and_keeps_parameter_names(monkeypatch: 
     model = tiny_bitnet()
     names = list(model.tensors())
     compiled: list[bool] = []
+
+    def note(fullgraph: bool) -> None:
+        compiled.append(fullgraph)
+
     for block in model.blocks():
-        monkeypatch.setattr(block, "compile", lambda fullgraph: compiled.append(fullgraph))
+        monkeypatch.setattr(block, "compile", note)
     said: list[str] = []
     assert compile_blocks(model, lambda: None, said.append)
     assert compiled == [True] * len(list(model.blocks()))

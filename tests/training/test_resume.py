@@ -20,7 +20,7 @@ from ternlm.errors import CheckpointError, EnvironmentFault, Interrupted, Settin
 from ternlm.run_directory import RunDirectory, read_jsonl
 from ternlm.settings.resolve import Resolved
 from ternlm.tokenizers import TokenizerSettings
-from ternlm.training import session
+from ternlm.training import launch
 from ternlm.training.settings import RunSettings
 from ternlm.training.trainer import Progress, Trainer
 
@@ -51,11 +51,11 @@ def settings(folder: Path, **sections: dict[str, Any]) -> RunSettings:
 
 def start(run: RunDirectory, prepared: Prepared, resume_from: Path | None = None, **sections: Any) -> Progress:
     values = settings(run.path.parent.parent, **sections).model_dump(mode="json")
-    return session.start(Resolved(values, {}), run, lambda _: prepared, resume_from, quiet=True)
+    return launch.start(Resolved(values, {}), run, lambda _: prepared, resume_from, quiet=True)
 
 
 def resume(run: RunDirectory, prepared: Prepared, **overrides: Any) -> Progress:
-    return session.resume(run, overrides, lambda _: prepared, quiet=True)
+    return launch.resume(run, overrides, lambda _: prepared, quiet=True)
 
 
 def run_in(tmp_path: Path, name: str) -> RunDirectory:
@@ -241,7 +241,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, prepared: Prep
     values = settings(tmp_path).model_dump(mode="json")
     values["model"]["intermediate_size"] = 48
     with pytest.raises(CheckpointError, match="shape"):
-        session.start(Resolved(values, {}), run, lambda _: prepared, whole.checkpoints / "step_000009", quiet=True)
+        launch.start(Resolved(values, {}), run, lambda _: prepared, whole.checkpoints / "step_000009", quiet=True)
 
 
 def test_an_existing_run_is_not_started_again(tmp_path: Path, prepared: Prepared) -> None:
@@ -257,9 +257,9 @@ def test_settings_and_their_origins_are_saved_with_the_run(tmp_path: Path, prepa
     run = run_in(tmp_path, "r")
     values = settings(tmp_path, training={"max_steps": 1}).model_dump(mode="json")
     values["model"]["vocab_size"] = None
-    session.start(Resolved(values, {"training.max_steps": "command line"}), run, lambda _: prepared, quiet=True)
+    launch.start(Resolved(values, {"training.max_steps": "command line"}), run, lambda _: prepared, quiet=True)
     assert json.loads(run.config_origin.read_text()) == {"training.max_steps": "command line"}
-    saved = session.read_mapping(run.config)
+    saved = launch.read_mapping(run.config)
     assert saved["model"]["vocab_size"] == 256, "resolved, not as written"
     values["model"]["vocab_size"] = 256
     assert saved == values
@@ -291,7 +291,7 @@ def test_a_missing_validation_split_is_refused_before_anything_is_created(tmp_pa
     values = settings(tmp_path).model_dump(mode="json")
     fake: Any = NoValidation()
     with pytest.raises(EnvironmentFault, match="validation"):
-        session.start(Resolved(values, {}), run, lambda _: Prepared(fake, prepared.tokenizer), quiet=True)
+        launch.start(Resolved(values, {}), run, lambda _: Prepared(fake, prepared.tokenizer), quiet=True)
     assert not run.path.exists()
 
 
@@ -302,7 +302,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_before_anything_is_
     values = settings(tmp_path).model_dump(mode="json")
     values["model"]["vocab_size"] = 200
     with pytest.raises(TokenizerError, match=r"256 ids.*200"):
-        session.start(Resolved(values, {}), run, lambda _: prepared, quiet=True)
+        launch.start(Resolved(values, {}), run, lambda _: prepared, quiet=True)
     assert not run.path.exists()
 
 

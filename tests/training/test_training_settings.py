@@ -11,7 +11,7 @@ import ternlm
 from ternlm.errors import SettingsError
 from ternlm.models import MODELS
 from ternlm.settings.resolve import Layer, parse_overrides, resolve
-from ternlm.training.session import settings_from
+from ternlm.training.launch import settings_from
 from ternlm.training.settings import ALIASES, SECTION_ALIASES, RunSettings, setting_names
 
 CHANGED: dict[str, tuple[str, str]] = {

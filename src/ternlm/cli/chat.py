@@ -35,7 +35,7 @@ def chat(
     set_up(target)
     loaded = checkpoints.load(checkpoints.resolve(checkpoint, runs_root(runs_dir)), target)
     typer.echo(f"{loaded.path}\n{HELP}")
-    session = Session(loaded, max_new_tokens)
+    conversation = Conversation(loaded, max_new_tokens)
     while True:
         try:
             line = input("> ")
@@ -45,14 +45,14 @@ def chat(
         if line.strip() in ("/quit", "/exit"):
             return
         try:
-            session.handle(line)
+            conversation.handle(line)
         except SettingsError as error:
             typer.echo(str(error))
         except KeyboardInterrupt:  # stops the answer, not the conversation
             typer.echo()
 
 
-class Session:
+class Conversation:
     """The text so far and the sampling settings in force."""
 
     def __init__(self, loaded: "Loaded", max_new_tokens: int) -> None:

@@ -27,16 +27,16 @@ def demo(
     from ternlm.data.stories import entropy_floor
     from ternlm.device import choose_device, set_up
     from ternlm.run_directory import RunDirectory, new_run_id, runs_root
-    from ternlm.training import session
+    from ternlm.training import launch
     from ternlm.training.trainer import Trainer
 
     flags = {"training.max_steps": steps, "training.seed": seed, "training.device": device}
     resolved = resolve_recipe("demo", flags, [])
-    settings = session.settings_from(resolved)
+    settings = launch.settings_from(resolved)
     set_up(choose_device(settings.training.device), settings.training.threads)
     typer.echo("1 data      short stories from a seeded grammar, written by ternlm itself")
     prepared = prepare_with_bar(settings.data, settings.tokenizer)
-    settings = session.with_vocab_size(settings, prepared)
+    settings = launch.with_vocab_size(settings, prepared)
     train, held_out = prepared.corpus.split("train"), prepared.corpus.split("validation")
     floor = entropy_floor("validation").bits_per_byte
     typer.echo(
@@ -46,7 +46,7 @@ def demo(
     run = RunDirectory(runs_root(runs_dir) / new_run_id("demo"))
     run.create()
     with run.locked():
-        session.write_config(run, settings, resolved.origins)
+        launch.write_config(run, settings, resolved.origins)
         trainer = Trainer(settings, prepared.corpus, prepared.tokenizer, run)
         counts = trainer.model.parameter_counts()
         typer.echo(

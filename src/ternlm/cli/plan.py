@@ -38,8 +38,8 @@ def plan(
 
 def show_plan(resolved: "Resolved", as_json: bool, picture: Path | None = None, title: str = "") -> None:
     """Print a plan, and draw its schedule if a file is given."""
+    from ternlm.training.launch import settings_from
     from ternlm.training.plan import draw_schedule, make_plan
-    from ternlm.training.session import settings_from
 
     settings = settings_from(resolved)
     settings, windows = _with_prepared(settings)

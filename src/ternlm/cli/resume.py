@@ -23,10 +23,10 @@ def resume(
     """
     from ternlm.run_directory import find_run, runs_root
     from ternlm.settings.resolve import parse_overrides
-    from ternlm.training import session
+    from ternlm.training import launch
 
     flags: dict[str, Any] = {
         "training.max_steps": steps, "training.max_tokens": tokens, "training.max_epochs": epochs,
     }  # fmt: skip
     overrides = flag_values(flags) | parse_overrides(settings or [])
-    session.resume(find_run(run, runs_root(runs_dir)), overrides, prepare_run, quiet)
+    launch.resume(find_run(run, runs_root(runs_dir)), overrides, prepare_run, quiet)

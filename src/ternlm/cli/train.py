@@ -73,9 +73,9 @@ def train(
 
 def start_training(resolved: "Resolved", run: "RunDirectory", source: Path | None, quiet: bool) -> None:
     """Train and say what to do next."""
-    from ternlm.training import session
+    from ternlm.training import launch
 
-    session.start(resolved, run, prepare_run, source, quiet)
+    launch.start(resolved, run, prepare_run, source, quiet)
     if not quiet:
         typer.echo(f"next: ternlm generate {run.path} --prompt '...'   |   ternlm evaluate {run.path}")
 
