@@ -10,7 +10,7 @@ from ternlm.cli.options import RunsDir, prepare_with_bar, resolve_recipe
 if TYPE_CHECKING:
     from ternlm.training.trainer import Trainer
 
-PROMPT = "One sunny day,"
+PROMPT = '"What a sunny day!"'
 
 
 def demo(
