@@ -27,7 +27,11 @@ def verify(path: Path) -> dict[str, Any]:
 
 
 def read_verified(path: Path, only: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """The manifest, and the contents of the files in `only`: the very bytes that were hashed."""
+    """The manifest, and the contents of the files in `only`: the very bytes that were hashed.
+
+    Raises:
+        CheckpointError: Something is missing, or differs in size or content.
+    """
     if not path.is_dir():
         raise CheckpointError(f"checkpoint '{path}' does not exist. Check the path.")
     manifest = read_manifest(path)
@@ -59,6 +63,11 @@ def read_verified(path: Path, only: tuple[str, ...]) -> tuple[dict[str, Any], di
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder; the files it lists are not looked at.
+
+    Raises:
+        CheckpointError: It is missing, malformed, or of a newer format.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         schema = manifest["schema"]
@@ -79,6 +88,11 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def parse_object(path: Path, name: str, files: Mapping[str, bytes]) -> dict[str, Any]:
+    """A JSON object from the verified bytes of a file.
+
+    Raises:
+        CheckpointError: The bytes are not JSON, or not an object.
+    """
     try:
         value = json.loads(files[name])
     except (ValueError, RecursionError):

@@ -1,12 +1,11 @@
 """What several verbs share: options, and the way from recipe, files and flags to settings."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ternlm.errors import Interrupted, Preempted, SettingsError
+from ternlm.errors import Interrupted, SettingsError
 
 if TYPE_CHECKING:
     from ternlm.data.preparation import Prepared
@@ -78,25 +77,26 @@ def split_recipe(words: list[str] | None) -> tuple[str | None, list[str]]:
 
 def prepare_with_bar(data: "DataSettings", tokenizer: "TokenizerSettings") -> "Prepared":
     """Prepare a corpus with a progress line; Ctrl-C and SIGTERM keep what is done."""
-    import signal
-
     from ternlm.data.preparation import prepare_data
+    from ternlm.training.interruption import Interruption
 
-    with progress_line() as update:
+    interruption, line = Interruption(), ProgressLine()
+    with interruption.watched():
         try:
-            return prepare_data(data, tokenizer, update.progress, update.should_stop, update.say)
+            return prepare_data(data, tokenizer, line.progress, lambda: interruption.received is not None, line.say)
         except Interrupted as error:
-            raise (Preempted(str(error)) if update.received == signal.SIGTERM else error) from None
+            raise interruption.error(str(error)) from None
+        finally:
+            line.close()
 
 
 class ProgressLine:
-    """A moving line on a terminal, one line every ten seconds elsewhere; and the Ctrl-C flag."""
+    """A moving line on a terminal, one line every ten seconds elsewhere."""
 
     def __init__(self) -> None:
         from rich.console import Console
 
         self.console = Console(stderr=True, highlight=False)
-        self.received: int | None = None
         self._status: Any = None
         self._printed_s = 0.0
 
@@ -114,33 +114,9 @@ class ProgressLine:
             self._printed_s = progress.elapsed_s
             self.say(line)
 
-    def should_stop(self) -> bool:
-        return self.received is not None
-
     def close(self) -> None:
         if self._status is not None:
             self._status.stop()
-
-
-@contextmanager
-def progress_line() -> Iterator[ProgressLine]:
-    """A `ProgressLine` that listens to Ctrl-C and SIGTERM while it is shown."""
-    import signal
-
-    line = ProgressLine()
-
-    def note(number: int, frame: Any) -> None:
-        if line.received is not None:
-            raise SystemExit(128 + number)
-        line.received = number
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield line
-    finally:
-        line.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def print_json(value: Mapping[str, Any]) -> None:
