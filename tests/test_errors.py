@@ -11,6 +11,7 @@ CODES = {
     "DataError": 3,
     "TokenizerError": 3,
     "CheckpointError": 3,
+    "StorageFault": 3,
     "Diverged": 4,
     "MemoryExhausted": 5,
     "Preempted": 75,

@@ -1,6 +1,7 @@
 """Durable writing: a file is new and complete or the old one is untouched, also when the system refuses half-way."""
 
 import errno
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -95,3 +96,49 @@ def test_json_is_strict_sorted_and_ends_with_a_newline() -> None:
     for value in (float("nan"), float("inf")):
         with pytest.raises(ValueError):
             files.to_json({"a": value})
+
+
+def test_an_append_file_holds_what_was_appended_and_hashes_all_of_it(tmp_path: Path) -> None:
+    file = files.AppendFile(tmp_path / "a")
+    file.append(b"first")
+    assert (tmp_path / "a").read_bytes() == b"", "small pieces are collected"
+    file.write_out()
+    assert (tmp_path / "a").read_bytes() == b"first"
+    file.append(b" second")
+    file.synchronize()
+    file.append(b" dropped")
+    file.close()
+    file.close()
+    assert (tmp_path / "a").read_bytes() == b"first second"
+    again = files.AppendFile(tmp_path / "a", 5)
+    again.append(b"!")
+    again.synchronize()
+    assert (tmp_path / "a").read_bytes() == b"first!"
+    assert again.digest.hexdigest() == hashlib.sha256(b"first!").hexdigest()
+
+
+def test_an_append_file_continues_short_writes_and_writes_much_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, sizes = os.write, []
+
+    def write(descriptor: int, view: bytes) -> int:
+        sizes.append(len(view))
+        return real(descriptor, bytes(view)[: 2**19])
+
+    monkeypatch.setattr(os, "write", write)
+    file = files.AppendFile(tmp_path / "a")
+    for _ in range(2**12):
+        file.append(bytes(2**8))
+    assert sizes == [2**20, 2**19]
+    assert (tmp_path / "a").stat().st_size == 2**20
+
+
+def test_an_append_file_that_is_forgotten_leaks_no_descriptor(tmp_path: Path) -> None:
+    descriptors = Path("/proc/self/fd")
+    if not descriptors.exists():
+        pytest.skip("no /proc here")
+    before = len(list(descriptors.iterdir()))
+    for _ in range(5):
+        files.AppendFile(tmp_path / "a").append(b"x")
+    assert len(list(descriptors.iterdir())) == before

@@ -8,7 +8,8 @@ it without a traceback; library users catch `TernlmError` or a branch of it.
     |- EnvironmentFault        3   the machine, a missing extra, an unwritable folder
     |  |- DataError            3   documents, shards
     |  |- TokenizerError       3   tokenizer files, or the wrong tokenizer for a checkpoint
-    |  `- CheckpointError      3   missing, damaged or foreign checkpoints
+    |  |- CheckpointError      3   missing, damaged or foreign checkpoints
+    |  `- StorageFault         3   a checkpoint cannot be written; earlier ones are good
     |- Diverged                4   non-finite loss or gradient; the last good checkpoint is kept
     |- MemoryExhausted         5   out of memory; the message names the overrides that help
     |- Preempted              75   SIGTERM arrived and the run was saved
@@ -44,6 +45,10 @@ class TokenizerError(EnvironmentFault):
 
 class CheckpointError(EnvironmentFault):
     """A checkpoint is missing, incomplete, damaged, or was written for another model."""
+
+
+class StorageFault(EnvironmentFault):
+    """The disk is full or failing, so a checkpoint was not written; earlier ones are untouched."""
 
 
 class Diverged(TernlmError):

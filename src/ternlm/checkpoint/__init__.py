@@ -6,29 +6,38 @@ so the name exists only when the content is complete. It holds what is needed to
 optimizer state, position, settings, and tokenizer.
 """
 
-from ternlm.checkpoint.loading import Loaded, load, load_tensors, read_training_state
-from ternlm.checkpoint.manifest import verify
-from ternlm.checkpoint.store import (
-    Contents,
-    newest_valid,
-    point,
-    prune,
-    remove_unfinished,
-    resolve,
-    save,
-    steps,
+from ternlm.checkpoint.loading import (
+    Loaded,
+    Opened,
+    load,
+    load_tensors,
+    open_checkpoint,
+    open_newest,
+    read_training_state,
 )
+from ternlm.checkpoint.manifest import verify
+from ternlm.checkpoint.snapshot import Contents
+from ternlm.checkpoint.store import abandon, folder, newest_valid, point, prune, remove_unfinished, resolve, steps
+from ternlm.checkpoint.writer import Saved, Writer, require_room, save
 
 __all__ = [
     "Contents",
     "Loaded",
+    "Opened",
+    "Saved",
+    "Writer",
+    "abandon",
+    "folder",
     "load",
     "load_tensors",
     "newest_valid",
+    "open_checkpoint",
+    "open_newest",
     "point",
     "prune",
     "read_training_state",
     "remove_unfinished",
+    "require_room",
     "resolve",
     "save",
     "steps",

@@ -1,6 +1,6 @@
 """From a verified checkpoint to a model, or to the state that training goes on from."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from ternlm.checkpoint.manifest import CONFIG, MODEL, OPTIMIZER, STATE, parse_object, parse_tensors, read_verified
+from ternlm.checkpoint.snapshot import environment
+from ternlm.checkpoint.store import first_good
 from ternlm.device import choose_dtype
 from ternlm.errors import CheckpointError, SettingsError
 from ternlm.models import LanguageModel, QuantizationMode, build_model, model_settings
@@ -22,6 +24,24 @@ class Loaded(NamedTuple):
     config: dict[str, Any]
     state: dict[str, Any]
     path: Path
+
+
+class Opened(NamedTuple):
+    """What training goes on from; every file of the checkpoint was hashed, once, before any was parsed.
+
+    Attributes:
+        path: The checkpoint folder.
+        manifest: Its manifest.
+        model: Tensors by their names in files.
+        optimizer: Optimizer tensors by name.
+        state: Counters and scalars, with `step` and `tokenizer_fingerprint`.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+    model: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    state: dict[str, Any]
 
 
 def load(path: Path, device: torch.device | str = "cpu", mode: QuantizationMode | None = None) -> Loaded:
@@ -59,37 +79,73 @@ def load(path: Path, device: torch.device | str = "cpu", mode: QuantizationMode 
     return Loaded(model.eval(), tokenizer, config, state, path)
 
 
+def open_checkpoint(path: Path) -> Opened:
+    """Verify a checkpoint and read what training goes on from.
+
+    Raises:
+        CheckpointError: The checkpoint is damaged.
+    """
+    manifest, files = read_verified(path, only=(MODEL, OPTIMIZER, STATE))
+    state = parse_object(path, STATE, files)
+    model, optimizer = (parse_tensors(path, name, files.pop(name)) for name in (MODEL, OPTIMIZER))
+    return Opened(path, manifest, model, optimizer, state)
+
+
+def open_newest(root: Path, report: Callable[[str], None] | None = None) -> Opened:
+    """The checkpoint with the highest step that verifies, read in the same pass.
+
+    Args:
+        root: A run's checkpoints folder.
+        report: Called with one sentence for each newer checkpoint that is damaged, and with one if
+            the checkpoint was written by other versions than those that run now.
+
+    Raises:
+        CheckpointError: None is usable.
+    """
+    opened = first_good(root, open_checkpoint, report)
+    then, now = opened.manifest.get("env", {}), environment()
+    changed = [f"{name} {then[name]} (now {now[name]})" for name in now if then.get(name, now[name]) != now[name]]
+    if changed and report is not None:
+        report(f"checkpoint '{opened.path}' was written with {', '.join(changed)}: last bits may differ.")
+    return opened
+
+
 def read_training_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """Verified model tensors, optimizer tensors and counters of a checkpoint.
 
     Raises:
         CheckpointError: The checkpoint is damaged.
     """
-    _, files = read_verified(path, only=(MODEL, OPTIMIZER, STATE))
-    model, optimizer = (parse_tensors(path, name, files[name]) for name in (MODEL, OPTIMIZER))
-    return model, optimizer, parse_object(path, STATE, files)
+    opened = open_checkpoint(path)
+    return opened.model, opened.optimizer, opened.state
 
 
 def load_tensors(model: LanguageModel, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Copy tensors into a model, all or nothing.
 
     Raises:
-        CheckpointError: Names or shapes differ from the model's.
+        CheckpointError: Names, shapes or types differ from the model's.
     """
     wanted = model.tensors()
     for problem, names in (("lacks", wanted.keys() - tensors), ("has the unknown", tensors.keys() - wanted)):
         if names:
             example = min(names)
             raise CheckpointError(
-                f"checkpoint '{path}' {problem} tensor '{example}' ({len(names)} in all); it was written for "
+                f"checkpoint '{path}' {problem} tensor {example!r} ({len(names)} in all); it was written for "
                 f"another model than {model.settings.family}. Choose another checkpoint or drop the overrides."
             )
     for name, tensor in wanted.items():
-        if tensor.shape != tensors[name].shape:
+        found = tensors[name]
+        if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
             raise CheckpointError(
-                f"tensor '{name}' in '{path}' has shape {tuple(tensors[name].shape)}, the model wants "
-                f"{tuple(tensor.shape)}. Choose another checkpoint or drop the overrides."
+                f"tensor '{name}' in '{path}' has shape {tuple(found.shape)} and type {_plain(found.dtype)}, the model "
+                f"wants {tuple(tensor.shape)} and {_plain(tensor.dtype)}. Choose another checkpoint or drop the "
+                "overrides."
             )
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(tensors[name])
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
