@@ -1,27 +1,35 @@
 """The files a run leaves on disk: their names, and how they are read and written, in one place.
 
 runs/<run_id>/
-|- meta/          config.yaml (resolved settings), config_origin.json (where each value came from)
+|- status.json    what the run is doing now, replaced every few seconds
+|- meta/          config.json (resolved settings), config_origin.json (where each value came from),
+|                 provenance.json (code, packages, hardware, seeds, command lines), dataset_fingerprint.json
 |- checkpoints/   step_000500/ ... and the one-line pointers best, last, final
-|- metrics/       scalars.jsonl: one row per logged step
+|- metrics/       scalars.jsonl: one row per logged step; ternary.jsonl: codes and scales of every matrix;
+|                 system.jsonl: CPU, memory, GPU; events.jsonl: starts, stops, anomalies and what was decided
 |- eval/          eval_results.jsonl: one row per evaluation
 |- samples/       samples.jsonl: generated text
+|- anomalies/     step_000812_loss_spike/ ...: evidence, enough to replay the step
 |- logs/          train.log, training_log.csv, eval_log.csv, tensorboard/
+|- stream/        token blocks read ahead, for data that are streamed
+|- wandb/         what the wandb package writes
 `- run.lock       held while a process trains here
 """
 
+import errno
 import json
+import math
 import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ternlm.errors import EnvironmentFault, SettingsError
-from ternlm.files import held, replace_durably
+from ternlm.files import held, replace_durably, synchronize_folder
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -36,12 +44,21 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.id = path.name
-        self.config = path / "meta" / "config.yaml"
+        self.status = path / "status.json"
+        self.config = path / "meta" / "config.json"
         self.config_origin = path / "meta" / "config_origin.json"
+        self.provenance = path / "meta" / "provenance.json"
+        self.data_fingerprint = path / "meta" / "dataset_fingerprint.json"
         self.checkpoints = path / "checkpoints"
         self.scalars = path / "metrics" / "scalars.jsonl"
+        self.ternary = path / "metrics" / "ternary.jsonl"
+        self.system = path / "metrics" / "system.jsonl"
+        self.events = path / "metrics" / "events.jsonl"
         self.evaluations = path / "eval" / "eval_results.jsonl"
         self.samples = path / "samples" / "samples.jsonl"
+        self.anomalies = path / "anomalies"
+        self.stream = path / "stream"
+        self.wandb = path / "wandb"
         self.log = path / "logs" / "train.log"
         self.training_csv = path / "logs" / "training_log.csv"
         self.evaluation_csv = path / "logs" / "eval_log.csv"
@@ -73,6 +90,9 @@ class RunDirectory:
             self.checkpoints.mkdir(exist_ok=True)
             replace_durably(self.path / "meta" / ".probe", b"")
             (self.path / "meta" / ".probe").unlink()
+            for folder in (self.path, *self.path.parents[:2]):  # a power cut must not take the folders of saved steps
+                with suppress(PermissionError):  # above the run, reading may not be allowed
+                    synchronize_folder(folder)
         except OSError as error:
             raise EnvironmentFault(
                 f"run folder '{self.path}' cannot be written: {error.strerror}. Choose another with --runs-dir."
@@ -92,16 +112,19 @@ class RunDirectory:
             yield
 
     def cut_after(self, step: int) -> None:
-        """Drop rows of steps after `step` and torn last lines, before a resumed run appends to the files."""
-        for file in (self.scalars, self.evaluations, self.samples):
+        """Drop rows of steps after `step` and torn last lines, before a resumed run appends to the files.
+
+        Events stay: they are the history of the run, not of its result.
+        """
+        for file in (self.scalars, self.ternary, self.system, self.evaluations, self.samples):
             if file.exists():
-                rows = [row for row in read_jsonl(file) if row.get("step", 0) <= step]
-                replace_durably(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+                kept = [line for line, row in _rows(file) if _step(row.get("step", 0)) <= step]
+                replace_durably(file, b"".join(kept))
         for file in (self.training_csv, self.evaluation_csv):
             if file.exists():
-                complete = [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-                kept = [line for line in complete[1:] if _csv_step(line) <= step]
-                replace_durably(file, "".join([*complete[:1], *kept]).encode())
+                complete = [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+                kept = [line for line in complete[1:] if _step(line.partition(b",")[0]) <= step]
+                replace_durably(file, b"".join([*complete[:1], *kept]))
 
 
 def new_run_id(recipe: str) -> str:
@@ -152,31 +175,67 @@ def find_run(reference: str, root: Path) -> RunDirectory:
 
 
 def append_jsonl(file: Path, row: Mapping[str, Any]) -> None:
-    """Append one line with one write, so that lines of concurrent readers are never mixed."""
-    line = json.dumps(row, allow_nan=True, ensure_ascii=False) + "\n"
-    descriptor = os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+    """Append one row as strict JSON: numbers that are not finite, such as the loss of a skipped step, become null.
+
+    Raises:
+        OSError: As `append_line`.
+    """
     try:
-        os.write(descriptor, line.encode())
+        line = json.dumps(row, allow_nan=False, ensure_ascii=False)
+    except ValueError:
+        line = json.dumps(_without_nan(row), allow_nan=False, ensure_ascii=False)
+    append_line(file, line)
+
+
+def append_line(file: Path, line: str) -> None:
+    """Append one line with one write, so that readers never see lines mixed, and never behind a torn one.
+
+    Raises:
+        OSError: It could not be written, e.g. because the disk is full; what arrived of it is taken back.
+    """
+    content = line.encode("utf-8", "backslashreplace") + b"\n"  # in JSON, that is how half a surrogate pair is spelled
+    descriptor = os.open(file, os.O_CREAT | os.O_APPEND | os.O_RDWR, 0o644)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size:
+            os.lseek(descriptor, -1, os.SEEK_END)
+            if os.read(descriptor, 1) != b"\n":  # a process ended while it wrote
+                content = b"\n" + content
+        if os.write(descriptor, content) < len(content):
+            os.ftruncate(descriptor, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
     finally:
         os.close(descriptor)
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
     """All complete rows; an unfinished last line and lines that are no JSON object are skipped."""
-    rows = []
+    return [row for _, row in _rows(file)]
+
+
+def _rows(file: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Complete lines, each as it is in the file and as what it says."""
     for line in file.read_bytes().splitlines(keepends=True):
         if line.endswith(b"\n"):
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode())
             except (ValueError, RecursionError):
                 continue
             if isinstance(row, dict):
-                rows.append(row)
-    return rows
+                yield line, row
 
 
-def _csv_step(row: str) -> float:
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {name: _without_nan(inner) for name, inner in value.items()}
+    return [_without_nan(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _step(value: Any) -> float:
+    """A row's step; of what is no number, more than any."""
     try:
-        return float(row.partition(",")[0])
-    except ValueError:
+        return float(value)
+    except (ValueError, TypeError, OverflowError):
         return float("inf")

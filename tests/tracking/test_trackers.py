@@ -24,6 +24,10 @@ EVAL_ROW: dict[str, Any] = {
 }  # fmt: skip
 SAMPLE_ROW: dict[str, Any] = {"step": 3, "prompt": "[bold]One", "generated_text": " day\n[/bold]", "generated_ids": [1]}
 
+EVENT_ROW: dict[str, Any] = {
+    "step": 3, "event": "loss_spike", "severity": "warning", "message": "The loss went [up].", "action": "kept",
+}  # fmt: skip
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
@@ -60,6 +64,7 @@ def test_l10_a_tracker_that_raises_is_switched_off_once_and_the_others_go_on() -
     assert [len(tracker.rows) for tracker in (first, second, third)] == [4, 1, 4]
     assert (first.closed, second.closed, third.closed) == (1, 0, 1)
     assert said == ["Recording is switched off: gone. Training goes on."]
+    assert together.describe() == "Recording off: gone"
 
 
 def test_l10_a_failure_while_closing_is_kept_away_too() -> None:
@@ -87,15 +92,21 @@ def test_l10_trackers_that_cannot_start_are_left_out_with_one_sentence(
 
     monkeypatch.setitem(TRACKERS, "csv", refuse)
     said: list[str] = []
-    built = build_trackers(run, TrackingSettings(tensorboard=False), 0, said.append)
-    assert [type(tracker) for tracker in built] == [JsonlTracker]
+    built = build_trackers(run, TrackingSettings(tensorboard=False, wandb="disabled"), 0, said.append)
+    assert len(built) == 1
     assert said == ["tracker 'csv' is off: no module. Training goes on."]
 
 
-@pytest.mark.parametrize(("csv_on", "expected"), [(True, [JsonlTracker, CsvTracker]), (False, [JsonlTracker])])
-def test_t12_settings_choose_the_trackers(run: RunDirectory, csv_on: bool, expected: list[type]) -> None:
-    built = build_trackers(run, TrackingSettings(csv=csv_on, tensorboard=False), 0, print)
-    assert [type(tracker) for tracker in built] == expected
+@pytest.mark.parametrize("csv_on", [True, False])
+def test_t12_settings_choose_the_trackers(run: RunDirectory, csv_on: bool) -> None:
+    settings = TrackingSettings(csv=csv_on, tensorboard=False, wandb="disabled")
+    together = Trackers(build_trackers(run, settings, 0, print), print)
+    together.log("train", TRAIN_ROW)
+    together.close()
+    assert read_jsonl(run.scalars) == [TRAIN_ROW]
+    assert run.training_csv.exists() == csv_on
+    assert not run.tensorboard.exists()
+    assert together.describe() is None
 
 
 def test_l07_each_kind_of_row_has_its_own_file_and_is_there_at_once(run: RunDirectory) -> None:
@@ -104,6 +115,9 @@ def test_l07_each_kind_of_row_has_its_own_file_and_is_there_at_once(run: RunDire
         ("train", TRAIN_ROW, run.scalars),
         ("eval", EVAL_ROW, run.evaluations),
         ("sample", SAMPLE_ROW, run.samples),
+        ("ternary", {"step": 3, "ternary/all/frac_zero": 0.5}, run.ternary),
+        ("system", {"step": 3, "system/cpu_percent": 50.0}, run.system),
+        ("event", EVENT_ROW, run.events),
     ):
         tracker.log(kind, row)  # type: ignore[arg-type]
         assert read_jsonl(file) == [row]
@@ -157,12 +171,28 @@ def test_quiet_shows_nothing_and_still_keeps_the_log(tmp_path: Path) -> None:
     assert len(log.read_text().splitlines()) == 2
 
 
-def test_l10_a_log_that_cannot_be_written_is_given_up(tmp_path: Path) -> None:
+def test_events_are_shown_by_their_weight_and_the_measured_kinds_are_not(tmp_path: Path) -> None:
+    tracker, stream, log = console(tmp_path)
+    tracker.log("event", EVENT_ROW)
+    tracker.log("event", EVENT_ROW | {"severity": "info", "message": "Saved.", "action": None})
+    tracker.log("ternary", {"step": 3, "ternary/all/frac_zero": 0.5})
+    tracker.log("system", {"step": 3, "system/cpu_percent": 50.0})
+    assert stream.getvalue() == "step 3  warning: The loss went [up]. (kept)\n"
+    assert [line.partition("  ")[2] for line in log.read_text().splitlines()] == [
+        "warning: The loss went [up]. (kept)",
+        "info: Saved.",
+    ]
+
+
+def test_l10_a_log_that_cannot_be_written_is_tried_again_with_the_next_line(tmp_path: Path) -> None:
     (tmp_path / "train.log").mkdir()
-    tracker, stream, _ = console(tmp_path)
+    tracker, stream, log = console(tmp_path)
     tracker.log("train", TRAIN_ROW)
     tracker.say("going on")
     assert "going on" in stream.getvalue()
+    log.rmdir()
+    tracker.say("back")
+    assert log.read_text().endswith(" back\n")
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), SystemExit(1)])
@@ -198,17 +228,3 @@ def test_short_counts(value: float, text: str) -> None:
 )
 def test_short_durations(seconds: float, text: str) -> None:
     assert short_duration(seconds) == text
-
-
-def test_tensorboard_events_are_written_and_purged_on_resume(run: RunDirectory) -> None:
-    pytest.importorskip("tensorboard")
-    (tracker,) = [
-        tracker
-        for tracker in build_trackers(run, TrackingSettings(csv=False), 7, print)
-        if not isinstance(tracker, JsonlTracker)
-    ]
-    tracker.log("train", TRAIN_ROW)
-    tracker.log("sample", SAMPLE_ROW)
-    tracker.close()
-    (events,) = run.tensorboard.iterdir()
-    assert b"train/loss" in events.read_bytes()

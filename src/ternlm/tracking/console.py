@@ -1,5 +1,6 @@
 """What a person sees: a progress bar on a terminal, plain lines elsewhere, and `logs/train.log` in both cases."""
 
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from ternlm.tracking.interface import Kind, Row, Tracker
+from ternlm.tracking.interface import Kind, Row, Tracker, event_text
 
 
 class ConsoleTracker(Tracker):
@@ -69,8 +70,15 @@ class ConsoleTracker(Tracker):
                 parts.append(f"bpb {row['val/bpb']:.4f}")
             parts.append(f"accuracy {row['val/accuracy']:.1%}")
             self.say(f"step {row['step']}  " + "  ".join(parts))
-        else:
-            self.say(f"step {row['step']}  sample: {row['prompt']}{row['generated_text']}")
+        elif kind == "sample":
+            mode = f" ({row['mode']})" if row.get("mode") else ""
+            self.say(f"step {row['step']}  sample{mode}: {row['prompt']}{row['generated_text']}")
+        elif kind == "event":
+            line = f"step {row['step']}  {event_text(row)}"
+            if row.get("severity") in ("warning", "error"):
+                self.say(line)
+            else:
+                self._keep(line)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -86,11 +94,9 @@ class ConsoleTracker(Tracker):
     def _keep(self, text: str) -> None:
         if self._log_file is not None:
             stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-            try:
-                with self._log_file.open("a", encoding="utf-8") as file:
-                    file.write(f"{stamp} {text}\n")
-            except OSError:  # the sentence that would say so could not be kept either
-                self._log_file = None
+            # A full disk: the sentence that would say so could not be kept either, and the next one is tried again.
+            with suppress(OSError), self._log_file.open("a", encoding="utf-8", errors="replace") as file:
+                file.write(f"{stamp} {text}\n")
 
 
 def training_numbers(row: Row) -> str:

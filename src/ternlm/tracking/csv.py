@@ -1,9 +1,11 @@
 """Comma-separated values for spreadsheets: a few columns of training and of evaluation."""
 
 import csv
+import io
+from collections.abc import Iterable
 from pathlib import Path
 
-from ternlm.run_directory import RunDirectory
+from ternlm.run_directory import RunDirectory, append_line
 from ternlm.tracking.interface import Kind, Row, Tracker
 
 _TRAIN = {
@@ -25,13 +27,12 @@ class CsvTracker(Tracker):
     def log(self, kind: Kind, row: Row) -> None:
         if kind in self._tables:
             file, columns = self._tables[kind]
-            _append(file, list(columns), ["" if row.get(key) is None else row[key] for key in columns.values()])
+            if not file.exists() or not file.stat().st_size:
+                _append(file, columns)
+            _append(file, ("" if row.get(key) is None else row[key] for key in columns.values()))
 
 
-def _append(file: Path, header: list[str], values: list[object]) -> None:
-    is_new = not file.exists() or not file.stat().st_size
-    with file.open("a", newline="") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        if is_new:
-            writer.writerow(header)
-        writer.writerow(values)
+def _append(file: Path, values: Iterable[object]) -> None:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(values)
+    append_line(file, line.getvalue())
