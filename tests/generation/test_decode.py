@@ -11,7 +11,7 @@ import torch
 
 from builders import tiny_bitnet
 from ternlm.errors import SettingsError
-from ternlm.generation import SamplingSettings, generate, stream
+from ternlm.generation import Request, SamplingSettings, Trace, continue_all, generate, stream
 from ternlm.generation.decode import encode_prompt
 from ternlm.models import FULL_PRECISION, LanguageModel, Output
 from ternlm.tokenizers import ByteTokenizer
@@ -93,10 +93,36 @@ def test_g02_sampling_leaves_the_global_random_state_and_the_mode_alone() -> Non
     assert not made.training and not any(p.grad is not None for p in made.parameters())
 
 
-def test_g04_one_pass_per_token_and_none_after_the_last() -> None:
-    made = Scripted([65])
-    generate(made, BYTE, ["abc", "d"], SamplingSettings(temperature=0, max_new_tokens=5))  # type: ignore[arg-type]
+@pytest.mark.parametrize("trace", [None, Trace()])
+def test_g04_one_pass_per_token_and_none_after_the_last_traced_or_not(trace: Trace | None) -> None:
+    made, settings = Scripted([65]), SamplingSettings(temperature=0, max_new_tokens=5)
+    continue_all(made, BYTE, [Request("abc", settings, 0), Request("d", settings, 0)], trace)  # type: ignore[arg-type]
     assert made.calls == [(2, 4), (2, 1), (2, 1), (2, 1), (2, 1)]
+    assert trace is None or [len(row) for row in trace.entropies()] == [5, 5]
+
+
+def test_requests_of_different_lengths_and_rules_are_continued_as_if_alone() -> None:
+    made = model()
+    requests = [
+        Request("The fox", SamplingSettings(temperature=0, max_new_tokens=9), 1),
+        Request("Seven", SamplingSettings(temperature=1.3, max_new_tokens=4), 2),
+        Request("Seven", SamplingSettings(temperature=1.3, max_new_tokens=9), 3),
+    ]
+    together = continue_all(made, BYTE, requests)
+    assert together == [continue_all(made, BYTE, [request])[0] for request in requests]
+    assert [len(sample.ids) for sample in together] == [9, 4, 9]
+    assert together[1].ids != together[2].ids[:4], "the seed decides"
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_never_drawn() -> None:
+    class Padded(Scripted):
+        def forward(self, tokens: torch.Tensor, state: int, lengths: torch.Tensor | None = None) -> Output:
+            made = super().forward(tokens, state, lengths)
+            beyond = torch.full((*tokens.shape, 8), 20.0)
+            return Output(torch.cat([made.logits, beyond], dim=-1), made.state, {})
+
+    settings = SamplingSettings(temperature=0, max_new_tokens=3)
+    assert generate(Padded([65]), BYTE, ["x"], settings)[0].text == "AAA"  # type: ignore[arg-type]
 
 
 def test_a_text_ends_at_eos_which_is_not_part_of_it() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ternlm.errors import SettingsError
-from ternlm.generation.sampling import SamplingSettings, nucleus, row_seed, sample_next
+from ternlm.generation.sampling import SamplingSettings, nucleus, row_seed, sample_each, sample_next
 
 
 def generators(count: int, seed: int = 0) -> list[torch.Generator]:
@@ -101,6 +101,17 @@ def test_the_repetition_penalty_lowers_positive_and_negative_logits_of_seen_toke
     assert choose(torch.tensor([[2.0, 1.5, 0.0]]), temperature=0, repetition_penalty=9.0) == [0]
 
 
+def test_rows_with_settings_of_their_own_are_drawn_as_if_alone() -> None:
+    logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(2))
+    seen = torch.rand(5, 50, generator=torch.Generator().manual_seed(3)) < 0.3
+    values = [{"temperature": 0.0}, {"temperature": 1.5, "top_k": 3}, {"temperature": 0.0, "repetition_penalty": 3.0}]
+    rules = [SamplingSettings.from_mapping(values[i]) for i in (0, 1, 0, 2, 1)]
+    together = sample_each(logits, seen, rules, generators(5)).tolist()
+    alone = [sample_next(logits[[i]], seen[[i]], rules[i], generators(1, seed=i)).item() for i in range(5)]
+    assert together == alone
+    assert together[0] == logits[0].argmax()
+
+
 def test_half_precision_logits_are_sampled_in_float32() -> None:
     logits = torch.randn(3, 40, generator=torch.Generator().manual_seed(1)).bfloat16()
     assert choose(logits, temperature=0.7) == choose(logits.float(), temperature=0.7)
@@ -109,6 +120,7 @@ def test_half_precision_logits_are_sampled_in_float32() -> None:
 def test_g01_seeds_are_a_hash_that_no_process_can_change() -> None:
     digest = hashlib.sha256(b"Once upon|2|7").digest()[:8]
     assert row_seed("Once upon", 2, 7) == int.from_bytes(digest, "little") >> 1
+    assert row_seed("Once upon", "2", 7) == row_seed("Once upon", 2, 7)
     seeds = {row_seed(p, i, s) for p in ("a", "b") for i in range(3) for s in range(3)}
     assert len(seeds) == 18
     torch.Generator().manual_seed(max(seeds))

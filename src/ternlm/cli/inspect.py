@@ -42,19 +42,16 @@ def inspect(
 
 
 def _matrices(model: Any) -> list[dict[str, Any]]:
+    from ternlm.evaluation.ternary import code_shares, quantized_matrices
+
     rows = []
-    for name, layer in model.bit_linears().items():
-        if layer.mode.weights == "none":
-            continue
-        parent = name.rpartition(".")[0]
-        for matrix, (codes, scale) in layer.matrices().items():
-            values, occurrences = codes.unique(return_counts=True)
-            shares = dict(zip(values.tolist(), (occurrences / codes.numel()).tolist(), strict=True))
-            rows.append({
-                "name": f"{parent}.{matrix}", "shape": list(codes.shape), "distinct_codes": len(shares),
-                "negative": shares.get(-1, 0.0), "zero": shares.get(0, 0.0), "positive": shares.get(1, 0.0),
-                "scale": float(scale.mean()), "zero_rows": int((codes == 0).all(dim=1).sum()),
-            })  # fmt: skip
+    for matrix in quantized_matrices(model):
+        negative, zero, positive = (float(share) for share in code_shares(matrix.codes).values())
+        rows.append({
+            "name": matrix.name, "shape": list(matrix.codes.shape), "distinct_codes": matrix.codes.unique().numel(),
+            "negative": negative, "zero": zero, "positive": positive, "scale": float(matrix.scale.mean()),
+            "zero_rows": int((matrix.codes == 0).all(dim=1).sum()),
+        })  # fmt: skip
     return rows
 
 

@@ -7,9 +7,24 @@ import torch
 from torch import Tensor
 
 from ternlm.errors import SettingsError
-from ternlm.generation.sampling import SamplingSettings, row_seed, sample_next
+from ternlm.generation.sampling import SamplingSettings, row_seed, sample_each
+from ternlm.generation.trace import Trace
 from ternlm.models import LanguageModel
 from ternlm.tokenizers import Tokenizer
+
+
+class Request(NamedTuple):
+    """What to continue, and how.
+
+    Attributes:
+        prompt: The text.
+        settings: How tokens are chosen; `seed` below stands in for theirs.
+        seed: Decides the draws.
+    """
+
+    prompt: str
+    settings: SamplingSettings
+    seed: int
 
 
 class Sample(NamedTuple):
@@ -36,17 +51,31 @@ def generate(
     Equal prompts get different draws, numbered by their occurrence. The global random state is
     neither read nor changed.
     """
-    encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     occurrence = [list(prompts[:i]).count(prompt) for i, prompt in enumerate(prompts)]
-    generators = [
-        torch.Generator().manual_seed(row_seed(prompt, n, settings.seed))
-        for prompt, n in zip(prompts, occurrence, strict=True)
-    ]
-    outputs: list[list[int]] = [[] for _ in prompts]
-    finished = [False] * len(prompts)
-    for tokens in _decode(model, encoded, settings, generators):
+    seeds = [row_seed(prompt, n, settings.seed) for prompt, n in zip(prompts, occurrence, strict=True)]
+    requests = [Request(prompt, settings, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    return continue_all(model, tokenizer, requests)
+
+
+def continue_all(
+    model: LanguageModel, tokenizer: Tokenizer, requests: Sequence[Request], trace: Trace | None = None
+) -> list[Sample]:
+    """As `generate`, where every prompt has settings and a seed of its own.
+
+    Args:
+        model: Used in evaluation mode; put back as it was.
+        tokenizer: The model's.
+        requests: Decoded together.
+        trace: Notes every position that is drawn. Those of a row are its ids and, if it finished, EOS.
+    """
+    encoded = [encode_prompt(tokenizer, request.prompt) for request in requests]
+    generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+    outputs: list[list[int]] = [[] for _ in requests]
+    finished = [False] * len(requests)
+    settings = [request.settings for request in requests]
+    for tokens in _decode(model, tokenizer, encoded, settings, generators, trace):
         for row, token in enumerate(tokens.tolist()):
-            if finished[row]:
+            if finished[row] or len(outputs[row]) == requests[row].settings.max_new_tokens:
                 continue
             if token == tokenizer.eos_id:
                 finished[row] = True
@@ -55,8 +84,8 @@ def generate(
         if all(finished):
             break
     return [
-        Sample(prompt, _continuation(tokenizer, prompt_ids, ids), ids, done)
-        for prompt, prompt_ids, ids, done in zip(prompts, encoded, outputs, finished, strict=True)
+        Sample(request.prompt, _continuation(tokenizer, prompt_ids, ids), ids, done)
+        for request, prompt_ids, ids, done in zip(requests, encoded, outputs, finished, strict=True)
     ]
 
 
@@ -65,7 +94,7 @@ def stream(
 ) -> Iterator[int]:
     """Tokens of one continuation as they are drawn, up to but without EOS."""
     generator = torch.Generator().manual_seed(row_seed(str(list(prompt_ids)), 0, settings.seed))
-    for tokens in _decode(model, [list(prompt_ids)], settings, [generator]):
+    for tokens in _decode(model, tokenizer, [list(prompt_ids)], [settings], [generator]):
         token = int(tokens[0])
         if token == tokenizer.eos_id:
             return
@@ -89,14 +118,16 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 @torch.no_grad()
 def _decode(
     model: LanguageModel,
+    tokenizer: Tokenizer,
     prompts: list[list[int]],
-    settings: SamplingSettings,
+    settings: list[SamplingSettings],
     generators: list[torch.Generator],
+    trace: Trace | None = None,
 ) -> Iterator[Tensor]:
     """(batch,) tokens per step. When the context of a row is full, its later half is read again."""
     device = next(model.parameters()).device
     capacity = model.settings.max_position_embeddings
-    vocab_size = model.settings.vocab_size or 0
+    vocab_size = tokenizer.vocab_size  # a model may know more ids, which no text has
     windows = [list(prompt[-(capacity - 1) :]) for prompt in prompts]
     seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
     for row, prompt in enumerate(prompts):
@@ -105,8 +136,10 @@ def _decode(
     model.eval()
     try:
         logits, state = _prefill(model, windows, device)
-        for remaining in range(settings.max_new_tokens - 1, -1, -1):
-            tokens = sample_next(logits, seen, settings, generators)
+        for remaining in range(max(each.max_new_tokens for each in settings) - 1, -1, -1):
+            if trace is not None:
+                trace.add(logits)
+            tokens = sample_each(logits[:, :vocab_size], seen, settings, generators)
             seen[torch.arange(len(prompts), device=device), tokens] = True
             for ids, token in zip(windows, tokens.tolist(), strict=True):
                 ids.append(token)

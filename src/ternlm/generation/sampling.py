@@ -1,6 +1,7 @@
 """Choosing the next token from logits: greedy, temperature, top-k, top-p, repetition penalty."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from pydantic import field_validator
@@ -81,6 +82,19 @@ def sample_next(logits: Tensor, seen: Tensor, settings: SamplingSettings, genera
     return torch.cat(drawn).to(logits.device)
 
 
+def sample_each(
+    logits: Tensor, seen: Tensor, settings: Sequence[SamplingSettings], generators: Sequence[torch.Generator]
+) -> Tensor:
+    """As `sample_next`, with settings of its own for each row."""
+    rows_of: dict[SamplingSettings, list[int]] = {}
+    for row, each in enumerate(settings):
+        rows_of.setdefault(each, []).append(row)
+    tokens = torch.empty(len(settings), dtype=torch.int64, device=logits.device)
+    for each, rows in rows_of.items():
+        tokens[rows] = sample_next(logits[rows], seen[rows], each, [generators[row] for row in rows])
+    return tokens
+
+
 def nucleus(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
     """Keep the top_k likeliest tokens, then of those the smallest prefix whose mass reaches top_p.
 
@@ -103,7 +117,15 @@ def nucleus(probabilities: Tensor, top_k: int, top_p: float) -> Tensor:
     return kept / kept.sum(dim=-1, keepdim=True)
 
 
-def row_seed(prompt: str, index: int, seed: int) -> int:
-    """A seed from sha256 of (prompt, index, seed): the same in every process, on every device."""
-    digest = hashlib.sha256(f"{prompt}|{index}|{seed}".encode()).digest()
+def row_seed(prompt: str, which: int | str, seed: int) -> int:
+    """The first 8 bytes of sha256("prompt|which|seed"), less one bit so that an int64 holds it.
+
+    The same in every process, on every device.
+
+    Args:
+        prompt: The text to continue.
+        which: What tells samples of one prompt apart: a number, or the name of a mode.
+        seed: The run's.
+    """
+    digest = hashlib.sha256(f"{prompt}|{which}|{seed}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
