@@ -1,5 +1,7 @@
 """Numbers as people write them mean the same from YAML, JSON and the command line, and nonsense is refused."""
 
+from collections.abc import Callable
+
 import pytest
 import yaml
 
@@ -72,8 +74,9 @@ def test_a_count_that_is_not_whole_is_refused(value: object) -> None:
 @pytest.mark.parametrize("name", ["count", "share", "size", "time"])
 @pytest.mark.parametrize(
     "value",
-    ["", "x", "1x", "1e", "1e999", "--1", "nan", "inf", float("nan"), float("inf"), float("-inf"), True, [1], {}, None],
-)
+    ["", "x", "1x", "1e", "1e999", "--1", "nan", "inf", float("nan"), float("inf"), float("-inf"), True, [1], {}, None,
+     "nan%", "inf%", "9" * 400, "1" * 10**5, 10**400],
+)  # fmt: skip
 def test_what_is_no_finite_number_is_refused_in_one_sentence(name: str, value: object) -> None:
     with pytest.raises(SettingsError) as caught:
         Numbers.from_mapping({name: value}, "section")
@@ -91,3 +94,16 @@ def test_an_unknown_suffix_names_the_known_ones() -> None:
         parse_float("3x")
     with pytest.raises(ValueError, match="GiB"):
         parse_bytes("3 bananas")
+
+
+@pytest.mark.parametrize("parse", [parse_float, parse_count, parse_bytes])
+def test_a_suffix_that_leads_beyond_all_numbers_is_refused(parse: Callable[[object], object]) -> None:
+    with pytest.raises(ValueError):
+        parse("9e307T" if parse is not parse_bytes else "9e307TB")
+
+
+def test_what_64_bits_do_not_hold_is_no_count() -> None:
+    assert parse_count(2**63 - 1) == 2**63 - 1
+    for value in (2**63, "1e300", 10**5000):
+        with pytest.raises(ValueError, match="2\\^63"):
+            parse_count(value)

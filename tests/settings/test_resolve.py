@@ -158,9 +158,36 @@ def test_a_file_may_hold_unicode_and_a_missing_one_is_named(tmp_path: Path) -> N
         read_mapping(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["[" * 100_000, "a: &a [*a, *a]\nb: *c", "{", "\x00", "a: b: c"])
+@pytest.mark.parametrize(
+    "text",
+    ["[" * 100_000, "a: &a [*a, *a]\nb: *c", "{", "\x00", "a: b: c", "a: !!int x", "a: !!bool x", "a: !!timestamp x",
+     "a: 2001-99-99", "a: " + "9" * 5000, "a: " + "x" * 2**20],
+)  # fmt: skip
 def test_hostile_settings_files_are_refused(tmp_path: Path, text: str) -> None:
     for name in ("a.yaml", "a.json"):
         (tmp_path / name).write_text(text)
         with pytest.raises(SettingsError):
             read_mapping(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.yaml", "training:\n  seed: 1\n  seed: 2"), ("a.json", '{"a":1,"a":2}')])
+def test_a_key_that_occurs_twice_is_refused(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SettingsError, match="occurs twice"):
+        read_mapping(tmp_path / name)
+
+
+def test_aliases_are_refused_before_they_multiply(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("a: &a [1, 2]\n" + "\n".join(f"b{n}: [*a, *a]" for n in range(20)))
+    with pytest.raises(SettingsError, match="write the value out"):
+        read_mapping(tmp_path / "a.yaml")
+
+
+def test_messages_about_endless_names_and_values_are_short() -> None:
+    with pytest.raises(SettingsError) as caught:
+        resolve([Layer("file", {"x" * 10**6 + "\n": 1})], NAMES)
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+    with pytest.raises(SettingsError) as caught:
+        parse_overrides(["a\n" * 10**5])
+    assert len(str(caught.value)) < 400

@@ -170,6 +170,16 @@ def test_a_rust_panic_is_a_tokenizer_error() -> None:
         raise KeyboardInterrupt
 
 
+def test_ids_beyond_any_vocabulary_are_refused_before_the_library_lists_the_gaps(tmp_path: Path) -> None:
+    load_tokenizer("byte").save(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    document = json.loads((tmp_path / "tokenizer.json").read_text())
+    document["model"]["vocab"]["x"] = 4_000_000_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(TokenizerError, match="above the"):
+        load_tokenizer(tmp_path)
+
+
 def test_missing_files_and_empty_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match="no tokenizer at"):
         load_tokenizer(tmp_path / "absent")

@@ -115,6 +115,7 @@ def test_splitting_before_spaces_changes_no_id() -> None:
         (model([*SPECIAL, ("x", 0.0, USER_DEFINED)]), "user-defined"),
         (model(normal("a")), "no unknown"),
         (b"", "no pieces"),
+        (model([*SPECIAL, *normal("a")]) + message((3, message((2, b"\xff\xff\xff\x7f")))), "normalization is cut off"),
         (b"\x0a\xff\xff\xff\xff\x0f", "damaged"),
         (b"\x0b", "damaged"),
     ],

@@ -9,6 +9,7 @@ from ternlm.errors import SettingsError
 from ternlm.models.bitnet import BitNet, BitNetSettings
 from ternlm.models.language_model import LanguageModel, ModelSettings, Output, ParameterCounts
 from ternlm.nn.linear import FULL_PRECISION, QuantizationMode
+from ternlm.settings.base import shortened
 
 
 class Family(NamedTuple):
@@ -31,7 +32,7 @@ def model_settings(values: dict[str, Any]) -> ModelSettings:
     """
     family = values.get("family", "bitnet")
     if not isinstance(family, str) or family not in MODELS:
-        raise SettingsError(f"unknown model family '{family}'. Choose one of: {', '.join(MODELS)}.")
+        raise SettingsError(f"unknown model family '{shortened(str(family))}'. Choose one of: {', '.join(MODELS)}.")
     return MODELS[family].settings.from_mapping(values, "model")
 
 

@@ -43,6 +43,8 @@ class Settings(BaseModel):
             return cls.model_validate(dict(values))
         except ValidationError as error:
             raise SettingsError(describe(error, cls, path)) from None
+        except UnicodeEncodeError:
+            raise SettingsError(f"a setting{path and f' in {path}'} holds half a surrogate pair, not text.") from None
 
 
 def describe(error: ValidationError, cls: type[BaseModel], path: str = "") -> str:
@@ -56,20 +58,34 @@ def describe(error: ValidationError, cls: type[BaseModel], path: str = "") -> st
         return unknown_name(dotted, prefix, parent.model_fields if parent else ())
     if first["type"] == "missing":
         return f"setting '{dotted}' is required and has no default. Add {dotted}=VALUE."
-    reason = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    reason = shortened(first["msg"].removeprefix("Value error, ").removeprefix("Input should be "), 300)
     if not dotted:
         return reason
     verb = "" if first["type"] == "value_error" else "must be "
-    return f"setting {dotted}={first['input']!r} is refused: {verb}{reason}."
+    return f"setting {shortened(dotted)}={_shown(first['input'])} is refused: {verb}{reason}."
+
+
+def shortened(text: str, most: int = 100) -> str:
+    """A text for a message: one line, and not endless."""
+    text = " ".join(text[: 2 * most].split())
+    return text if len(text) <= most else f"{text[:most]}..."
 
 
 def unknown_name(dotted: str, prefix: str, known: Iterable[str]) -> str:
     """The message for a name nobody declared, with the nearest declared one."""
+    dotted = shortened(dotted)
     message = f"unknown setting '{dotted}'."
     near = difflib.get_close_matches(dotted.rpartition(".")[2], list(known), n=1, cutoff=0.5)
     if near:
         return f"{message} Did you mean '{prefix + '.' if prefix else ''}{near[0]}'?"
     return f"{message} Known here: {', '.join(sorted(known))}."
+
+
+def _shown(value: Any) -> str:
+    try:
+        return shortened(repr(value))
+    except (ValueError, RecursionError):  # thousands of digits, or of brackets
+        return f"(a {type(value).__name__} too large to show)"
 
 
 def _class_at(cls: type[BaseModel] | None, location: list[str]) -> type[BaseModel] | None:

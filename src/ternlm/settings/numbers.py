@@ -17,6 +17,7 @@ _BYTE_UNITS = {
 }  # fmt: skip
 _SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _NUMBER = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z]*)", re.IGNORECASE)
+_LONGEST, _LARGEST = 100, 2**63 - 1  # characters; what 64 bits hold
 _DURATION_PART = re.compile(r"(\d+(?:\.\d+)?)\s*([dhms])", re.IGNORECASE)
 
 
@@ -24,15 +25,15 @@ def parse_float(value: Any) -> Any:
     """`3e-4`, `1_000`, `2B`, `25%` as a float; a number is returned unchanged, and what is no finite number refused."""
     if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
         raise ValueError(f"{value} is not a finite number")
+    if isinstance(value, int) and abs(value) > _LARGEST:
+        raise ValueError("it is beyond 2^63")
     if not isinstance(value, str):
         return value
     text = value.replace("_", "").strip()
-    if text.endswith("%"):
-        return float(text[:-1]) / 100
-    number, suffix = _split(text, value)
-    if suffix.lower() not in _MULTIPLIERS:
+    number, suffix = _split(text.removesuffix("%"), value)
+    if suffix.lower() not in _MULTIPLIERS or (suffix and text.endswith("%")):
         raise ValueError(f"'{value}' has the unknown suffix '{suffix}'; use k, M, B or T")
-    return number * _MULTIPLIERS[suffix.lower()]
+    return _finite(number * _MULTIPLIERS[suffix.lower()], value) / (100 if text.endswith("%") else 1)
 
 
 def parse_count(value: Any) -> Any:
@@ -41,7 +42,7 @@ def parse_count(value: Any) -> Any:
     if isinstance(number, float):
         if number != int(number):
             raise ValueError(f"'{value}' is not a whole number")
-        return int(number)
+        return parse_float(int(number))
     return number
 
 
@@ -52,7 +53,7 @@ def parse_bytes(value: Any) -> Any:
     number, suffix = _split(value.replace("_", "").strip(), value)
     if suffix and suffix.lower() not in _BYTE_UNITS:
         raise ValueError(f"'{value}' has the unknown unit '{suffix}'; use kB, MB, GB, KiB, MiB, GiB")
-    return int(number * _BYTE_UNITS.get(suffix.lower(), 1))
+    return parse_float(int(_finite(number * _BYTE_UNITS.get(suffix.lower(), 1), value)))
 
 
 def parse_duration(value: Any) -> Any:
@@ -60,20 +61,26 @@ def parse_duration(value: Any) -> Any:
     if not isinstance(value, str):
         return parse_float(value)
     text = value.replace(" ", "")
-    parts = _DURATION_PART.findall(text)
-    if parts and "".join(number + unit for number, unit in parts) == text:
-        return float(sum(float(number) * _SECONDS[unit.lower()] for number, unit in parts))
+    parts = _DURATION_PART.findall(text) if len(text) <= _LONGEST else []
     try:
-        return float(parse_float(float(text)))
+        if parts and "".join(number + unit for number, unit in parts) == text:
+            return _finite(sum(float(number) * _SECONDS[unit.lower()] for number, unit in parts), value)
+        return _finite(float(text), value)
     except ValueError:
         raise ValueError(f"'{value}' is not a duration; write 90, 45s, 2h30m or 1d") from None
 
 
 def _split(text: str, original: str) -> tuple[float, str]:
-    match = _NUMBER.fullmatch(text)
+    match = _NUMBER.fullmatch(text) if len(text) <= _LONGEST else None
     if match is None or not math.isfinite(float(match[1])):
         raise ValueError(f"'{original}' is not a number")
     return float(match[1]), match[2]
+
+
+def _finite(number: float, original: str) -> float:
+    if not math.isfinite(number):
+        raise ValueError(f"'{original}' is not a finite number")
+    return number
 
 
 Float = Annotated[float, BeforeValidator(parse_float)]

@@ -1,15 +1,14 @@
 """From recipe, file, environment and command line to one nested mapping in which every value knows its origin."""
 
 import difflib
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from ternlm.errors import SettingsError
+from ternlm.settings.base import shortened
+from ternlm.settings.parsing import LARGEST, parse_settings
 
 ENVIRONMENT_PREFIX = "TERNLM__"
 
@@ -78,6 +77,7 @@ class Names:
         raise SettingsError(self._unknown(name))
 
     def _unknown(self, dotted: str) -> str:
+        dotted = shortened(dotted)
         full = [f"{section}.{field}" for section, fields in self.sections.items() for field in fields]
         section, _, field = dotted.rpartition(".")
         near = difflib.get_close_matches(dotted, full, n=1, cutoff=0.75)
@@ -114,14 +114,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
         SettingsError: The file is missing, malformed, or holds something else.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"settings file '{path}' cannot be read: {error}. Check the path.") from None
+        with path.open("rb") as file:
+            content = file.read(LARGEST + 1)
+    except OSError as error:
+        raise SettingsError(f"settings file '{path}' cannot be read: {error.strerror}. Check the path.") from None
     try:
-        value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise SettingsError(f"settings file '{path}' is malformed: {reason}.") from None
+        value = parse_settings(content, is_json=path.suffix == ".json")
+    except ValueError as error:
+        raise SettingsError(f"settings file '{path}' is malformed: {shortened(str(error))}.") from None
     if not isinstance(value, dict):
         raise SettingsError(f"settings file '{path}' must hold sections with settings, not a {type(value).__name__}.")
     return value
@@ -137,11 +137,11 @@ def parse_overrides(assignments: Iterable[str]) -> dict[str, Any]:
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or not name:
-            raise SettingsError(f"'{assignment}' is not a setting. Write section.name=value.")
+            raise SettingsError(f"'{shortened(assignment)}' is not a setting. Write section.name=value.")
         try:
-            values[name] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise SettingsError(f"the value of '{assignment}' is malformed. Quote it.") from None
+            values[name] = parse_settings(text.encode("utf-8", errors="surrogatepass"))
+        except ValueError:
+            raise SettingsError(f"the value of '{shortened(assignment)}' is malformed. Quote it.") from None
     return values
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ternlm.errors import TokenizerError
-from ternlm.files import replace_durably
+from ternlm.files import from_json, read_regular, replace_durably
 
 if TYPE_CHECKING:
     from ternlm.tokenizers.interface import Tokenizer
@@ -50,8 +50,8 @@ def read_json(path: Path) -> dict[str, Any]:
         TokenizerError: The file is missing, too large, not JSON, or not an object.
     """
     try:
-        value = json.loads(read_bytes(path).decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = from_json(read_bytes(path))
+    except ValueError as error:
         raise TokenizerError(f"{path} is not valid JSON ({error}). Fetch the tokenizer's files again.") from None
     if not isinstance(value, dict):
         raise TokenizerError(f"{path} holds a {type(value).__name__}, not an object. Fetch the file again.")
@@ -62,18 +62,13 @@ def read_bytes(path: Path) -> bytes:
     """The content of a tokenizer file, refused above 512 MiB.
 
     Raises:
-        TokenizerError: The file is missing, unreadable or too large.
+        TokenizerError: The file is missing, unreadable, too large, or no ordinary file.
     """
     try:
-        size = path.stat().st_size
-        if size > LARGEST_FILE:
-            raise TokenizerError(
-                f"{path} has {size:,} bytes, more than the {LARGEST_FILE:,} allowed for a tokenizer file. "
-                "Check that it is one."
-            )
-        return path.read_bytes()
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror}. Check the path.") from None
+        return read_regular(path.resolve(), LARGEST_FILE)  # the hub's cache is made of links
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TokenizerError(f"{path} cannot be read: {reason}. Check that it is a tokenizer file.") from None
 
 
 def _vocabulary(document: dict[str, Any]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ternlm.errors import TokenizerError
+from ternlm.settings.base import shortened
 
 
 class Tokenizer(ABC):
@@ -156,6 +157,6 @@ def library_errors(doing: str) -> Iterator[None]:
     except BaseException as error:  # noqa: BLE001 (a Rust panic is no Exception)
         reason = str(error).strip().splitlines()
         raise TokenizerError(
-            f"{doing} failed: {reason[0] if reason else type(error).__name__}. "
+            f"{doing} failed: {shortened(reason[0], 200) if reason else type(error).__name__}. "
             "The files may be damaged or of another kind; fetch them again or choose another tokenizer."
         ) from None

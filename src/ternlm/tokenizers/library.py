@@ -30,6 +30,7 @@ _CONVENTIONS = {
     "unk": ("<unk>", "[UNK]"),
     "mask": ("<mask>", "[MASK]"),
 }
+_LARGEST_ID = 2**22
 _PROBE = "  Probe: naïve\tЖук 猫\n\n🙂 e\u0301 \x00\ufffd\u2028  "
 
 
@@ -60,15 +61,15 @@ class LibraryTokenizer(Tokenizer):
             _plain(inner)
             document = json.loads(inner.to_str())
             vocabulary = inner.get_vocab(with_added_tokens=True)
-        if not vocabulary:
-            raise TokenizerError(f"the tokenizer '{name}' has an empty vocabulary. Fetch its files again.")
-        self._inner = inner
-        self.vocab_size = max(vocabulary.values()) + 1
-        self._set_special_ids(document, vocabulary, special_tokens or {})
-        self._pieces = _piece_table(document, vocabulary, self._special, self.vocab_size)
-        self.prefix_bytes = 1 if self._raw("a").startswith(b" ") else 0
-        self.lossless = _keeps_every_text(document, vocabulary) and self._raw(_PROBE) == _PROBE.encode()
-        self.fingerprint = self._fingerprint(document)
+            self._inner = inner
+            if not vocabulary:
+                raise TokenizerError(f"the tokenizer '{name}' has an empty vocabulary. Fetch its files again.")
+            self.vocab_size = max(vocabulary.values()) + 1
+            self._set_special_ids(document, vocabulary, special_tokens or {})
+            self._pieces = _piece_table(document, vocabulary, self._special, self.vocab_size)
+            self.prefix_bytes = 1 if self._raw("a").startswith(b" ") else 0
+            self.lossless = _keeps_every_text(document, vocabulary) and self._raw(_PROBE) == _PROBE.encode()
+            self.fingerprint = self._fingerprint(document)
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]
@@ -114,6 +115,31 @@ class LibraryTokenizer(Tokenizer):
         content = {key: document.get(key) for key in _DECIDES_THE_IDS}
         content["special"] = [getattr(self, f"{name}_id") for name in SPECIAL_NAMES]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def require_small_ids(ids: Iterable[Any]) -> None:
+    """Refuse ids beyond any vocabulary; the library would list every id that is left out below them.
+
+    Raises:
+        TokenizerError: One is too large.
+    """
+    largest = max((index for index in ids if isinstance(index, int)), default=0)
+    if largest > _LARGEST_ID:
+        raise TokenizerError(
+            f"the tokenizer has an id above the {_LARGEST_ID:,} that are supported. Fetch its files again."
+        )
+
+
+def require_sound_map(content: bytes) -> None:
+    """Refuse a compiled normalization (`precompiled_charsmap`) that is shorter than it says.
+
+    The library sets memory aside by the declared size, and ends the process where there is too little.
+
+    Raises:
+        TokenizerError: It is cut off or damaged.
+    """
+    if len(content) < 4 or int.from_bytes(content[:4], "little") > len(content) - 4:
+        raise TokenizerError("the tokenizer's compiled normalization is cut off. Fetch its files again.")
 
 
 def _plain(inner: tokenizers.Tokenizer) -> None:

@@ -1,7 +1,9 @@
 """`load_tokenizer`: a tokenizer from a name, a folder, a file, or the hub."""
 
+import base64
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from ternlm.errors import TokenizerError
 from ternlm.tokenizers.byte import ByteTokenizer, byte_characters
 from ternlm.tokenizers.files import SPECIAL_NAMES, read_bytes, read_json
 from ternlm.tokenizers.interface import Tokenizer, library_errors
-from ternlm.tokenizers.library import LibraryTokenizer
+from ternlm.tokenizers.library import LibraryTokenizer, require_small_ids, require_sound_map
 from ternlm.tokenizers.sentencepiece import build_sentencepiece
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -88,8 +90,22 @@ def _from_file(path: Path, name: str) -> Tokenizer:
 def _from_json(path: Path, name: str, special_tokens: dict[str, str | None]) -> Tokenizer:
     document = read_json(path)
     with library_errors(f"reading {path}"):
+        for content in _maps_in(document.get("normalizer")):
+            require_sound_map(content)
+        require_small_ids(token["id"] for token in document.get("added_tokens") or [])
+        vocabulary = document["model"]["vocab"]
+        require_small_ids(vocabulary.values() if isinstance(vocabulary, dict) else ())
         inner = tokenizers.Tokenizer.from_str(json.dumps(document))
     return LibraryTokenizer(inner, name, special_tokens)
+
+
+def _maps_in(normalizer: Any) -> Iterator[bytes]:
+    """Compiled normalizations, however deep in a sequence of normalizers."""
+    if isinstance(normalizer, dict):
+        if "precompiled_charsmap" in normalizer:
+            yield base64.b64decode(normalizer["precompiled_charsmap"] or "")
+        for inner in normalizer.get("normalizers") or []:
+            yield from _maps_in(inner)
 
 
 def _from_gpt2_files(folder: Path, name: str) -> Tokenizer:
@@ -102,6 +118,7 @@ def _from_gpt2_files(folder: Path, name: str) -> Tokenizer:
             "of merges.txt is not a pair. Use the model's tokenizer.json."
         )
     with library_errors(f"reading {folder}"):
+        require_small_ids(vocabulary.values())
         inner = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
         inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = decoders.ByteLevel()

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from ternlm.errors import TokenizerError
 from ternlm.tokenizers.interface import library_errors
-from ternlm.tokenizers.library import LibraryTokenizer
+from ternlm.tokenizers.library import LibraryTokenizer, require_sound_map
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _UNIGRAM, _BPE = 1, 2
@@ -155,6 +155,7 @@ def _unigram(model: SentencePieceModel) -> models.Unigram:
 def _normalizer(model: SentencePieceModel) -> normalizers.Normalizer:
     steps: list[normalizers.Normalizer] = []
     if model.character_map:
+        require_sound_map(model.character_map)
         steps.append(normalizers.Precompiled(model.character_map))
     if model.remove_extra_whitespaces:
         steps.append(normalizers.Replace(tokenizers.Regex("^ +| +$"), ""))
