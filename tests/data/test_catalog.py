@@ -10,7 +10,7 @@ from ternlm.data import CORPORA, DataSettings, open_corpus
 from ternlm.data.catalog import bucket
 from ternlm.data.hub import parse_hub_source, wikitext_articles
 from ternlm.data.stdlib import stdlib, stdlib_files
-from ternlm.errors import DataError
+from ternlm.errors import DataError, SettingsError
 
 SPLITS = ("train", "validation", "test")
 
@@ -134,6 +134,13 @@ def test_hub_names_are_read(source: str, expected: tuple[str, str | None]) -> No
 def test_what_is_no_hub_name_is_refused(source: str) -> None:
     with pytest.raises(DataError, match="owner/name"):
         parse_hub_source(source)
+
+
+@pytest.mark.parametrize("source", ["stories", "texts/*.md", "hf:{folder}"])
+def test_a_revision_of_what_has_none_is_refused(tmp_path: Path, source: str) -> None:
+    data = DataSettings(source=source.format(folder=tmp_path), revision="v1")
+    with pytest.raises(SettingsError, match=r"data\.revision=v1"):
+        next(open_corpus(data, "train"))
 
 
 def test_wikitext_rows_become_articles() -> None:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ternlm.data import Corpus, DataSettings, load_corpus, prepare, shards, statistics
+from ternlm.data.corpus import seal
 from ternlm.errors import DataError
 from ternlm.tokenizers import ByteTokenizer, train_bpe
 
@@ -54,13 +55,14 @@ def test_a_shard_cut_off_while_in_use_is_an_error_not_a_crash(corpus: Corpus) ->
         stream.read(700, 800)
 
 
-def test_one_flipped_byte_is_found_by_verify(corpus: Corpus) -> None:
+@pytest.mark.parametrize("name", ["shard-00000.bin", "documents.bin", "hashes.bin"])
+def test_one_flipped_bit_is_found_by_verify(corpus: Corpus, name: str) -> None:
     load_corpus(corpus.directory, verify=True)
-    path = corpus.directory / "validation" / "shard-00000.bin"
+    path = corpus.directory / "validation" / name
     content = bytearray(path.read_bytes())
-    content[17] ^= 1
+    content[5] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match="sha256"):
+    with pytest.raises(DataError, match=f"{name} has sha256"):
         load_corpus(corpus.directory, verify=True)
 
 
@@ -92,6 +94,10 @@ def test_a_token_outside_the_vocabulary_is_found(tmp_path: Path) -> None:
         lambda m: m["splits"]["train"]["shards"][0].update(file="../../elsewhere.bin"),
         lambda m: m["splits"].update(test=None),
         lambda m: m["splits"]["train"].update(documents="many"),
+        lambda m: m["splits"]["train"].pop("tables"),
+        lambda m: m["splits"].update(train=[1]),
+        lambda m: m["tokenizer"].update(vocab_size=10**400),
+        lambda m: m["tokenizer"].update(bos_id="first"),
     ],
 )
 def test_a_changed_manifest_is_refused(corpus: Corpus, change) -> None:
@@ -100,6 +106,16 @@ def test_a_changed_manifest_is_refused(corpus: Corpus, change) -> None:
     change(manifest)
     path.write_text(json.dumps(manifest))
     with pytest.raises(DataError):
+        load_corpus(corpus.directory)
+    path.write_text(json.dumps(manifest | {"sha256": seal(manifest)}))
+    with pytest.raises(DataError):
+        load_corpus(corpus.directory)
+
+
+def test_a_manifest_that_does_not_fit_its_own_hash_is_refused(corpus: Corpus) -> None:
+    path = corpus.directory / "manifest.json"
+    path.write_text(path.read_text().replace('"name": "byte"', '"name": "bite"'))
+    with pytest.raises(DataError, match="its own sha256"):
         load_corpus(corpus.directory)
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from ternlm.data import DataSettings, open_corpus
-from ternlm.data.hub import hub_documents, hub_splits
+from ternlm.data.hub import HubDataset, HubSource, hub_splits
+from ternlm.data.reader import Patience, Position, read_pass
 from ternlm.errors import DataError, EnvironmentFault
 
 datasets = pytest.importorskip("datasets", reason="the extra 'hub' is not installed")
@@ -48,7 +49,7 @@ def test_json_lines_with_their_own_validation_keep_it(tmp_path: Path) -> None:
     for split, count in (("train", 30), ("validation", 4)):
         lines = [json.dumps({"text": f"{split} story {i}"}) for i in range(count)] + [json.dumps({"text": ""})]
         (folder / f"{split}.jsonl").write_text("\n".join(lines))
-    assert hub_splits(str(folder), None) == {"train": "train", "validation": "validation"}
+    assert hub_splits(HubDataset(str(folder))) == {"train": "train", "validation": "validation"}
     data = DataSettings(source=f"hf:{folder}", test_fraction=0.0)
     assert list(open_corpus(data, "validation")) == [f"validation story {i}" for i in range(4)]
     assert list(open_corpus(data, "train")) == [f"train story {i}" for i in range(30)]
@@ -59,7 +60,7 @@ def test_a_missing_column_names_those_that_exist(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "train.jsonl").write_text('{"body": "x"}\n')
     with pytest.raises(DataError, match="'text' but 'body'"):
-        list(hub_documents(str(folder), None, "train", "text"))
+        list(read_pass(HubSource(HubDataset(str(folder)), "train"), Position(), Patience()))
 
 
 def test_an_unreachable_dataset_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,22 +71,23 @@ def test_an_unreachable_dataset_is_one_sentence(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
     for source in ("hf:owner/name", "tinystories", "wikitext-2", "fineweb-edu"):
         with pytest.raises(DataError, match="no route to host"):
-            list(open_corpus(DataSettings(source=source), "train"))
+            list(open_corpus(DataSettings(source=source, retry_for=0), "train"))
 
 
 def test_official_splits_and_configurations_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def load(name: str, config: str | None, *, split: str, streaming: bool) -> list[dict[str, str]]:
-        asked.append((name, config, split, streaming))
-        return [{"text": " = A title = \n"}, {"text": " a line\n"}]
+    def load(name: str, config: str | None, *, split: str, streaming: bool, revision: str | None) -> object:
+        asked.append((name, config, split, streaming, revision))
+        return datasets.Dataset.from_list([{"text": " = A title = \n"}, {"text": " a line\n"}]).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert list(open_corpus(DataSettings(source="wikitext-2"), "test")) == [" = A title = \n a line\n"]
-    list(open_corpus(DataSettings(source="fineweb-edu", validation_fraction=0, test_fraction=0), "train"))
+    pinned = DataSettings(source="fineweb-edu", validation_fraction=0, test_fraction=0, revision="v1.2")
+    list(open_corpus(pinned, "train"))
     assert asked == [
-        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", True),
-        ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", True),
+        ("Salesforce/wikitext", "wikitext-2-raw-v1", "test", True, None),
+        ("HuggingFaceFW/fineweb-edu", "sample-10BT", "train", True, "v1.2"),
     ]
 
 

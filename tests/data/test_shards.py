@@ -140,6 +140,37 @@ def test_a_crash_in_any_file_operation_and_a_second_try_is_byte_identical(
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", ["documents.bin.part", "hashes.bin.part", "shard-"])
+def test_a_committed_part_that_changed_meanwhile_is_refused(tmp_path: Path, data: DataSettings, name: str) -> None:
+    calls = iter(range(10))
+    with pytest.raises(Interrupted):
+        prepare(data, BYTE, tmp_path / "out", should_stop=lambda: next(calls, None) is None)
+    (path,) = (path for path in (tmp_path / "out" / "train").glob("*.part") if path.name.startswith(name))
+    content = bytearray(path.read_bytes())
+    content[3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"differs from what was committed.*Delete the folder"):
+        prepare(data, BYTE, tmp_path / "out")
+
+
+@pytest.mark.parametrize("record", [{"stream": "x"}, {"splits": []}, {"splits": {"train": {"shards": 5}}}])
+def test_a_damaged_record_of_progress_is_refused(tmp_path: Path, data: DataSettings, record: dict[str, object]) -> None:
+    calls = iter(range(10))
+    with pytest.raises(Interrupted):
+        prepare(data, BYTE, tmp_path / "out", should_stop=lambda: next(calls, None) is None)
+    path = tmp_path / "out" / "progress.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | record))
+    with pytest.raises(DataError, match=r"progress\.json is damaged"):
+        prepare(data, BYTE, tmp_path / "out")
+
+
+def test_a_record_left_beside_the_manifest_is_cleared_away(tmp_path: Path, data: DataSettings) -> None:
+    prepare(data, BYTE, tmp_path / "out")
+    (tmp_path / "out" / "progress.json").write_text("{}")
+    prepare(data, BYTE, tmp_path / "out")
+    assert not (tmp_path / "out" / "progress.json").exists()
+
+
 def test_an_interrupted_sitting_continues_instead_of_starting_again(tmp_path: Path, data: DataSettings) -> None:
     calls = iter(range(10))
     with pytest.raises(Interrupted, match="to continue"):

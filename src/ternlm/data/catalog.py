@@ -16,13 +16,15 @@ Where a split comes from, in this order:
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 from ternlm.data.documents import read_documents
-from ternlm.data.hub import hub_documents, hub_rows, hub_splits, parse_hub_source, wikitext_articles
+from ternlm.data.hub import HubDataset, HubSource, hub_splits, parse_hub_source, wikitext_articles
+from ternlm.data.reader import DocumentSource, Patience, Position, Source, read_pass
 from ternlm.data.settings import DataSettings
 from ternlm.data.stdlib import stdlib
-from ternlm.errors import DataError
+from ternlm.errors import DataError, SettingsError
 
 SPLITS = ("train", "validation", "test")
 FEW_DOCUMENTS = 100
@@ -85,44 +87,63 @@ CORPORA: dict[str, CorpusEntry] = {
 }  # fmt: skip
 
 
-def open_corpus(settings: DataSettings, split: str) -> Iterator[str]:
+def open_corpus(settings: DataSettings, split: str, patience: Patience | None = None) -> Iterator[str]:
     """Documents of one split, in a fixed order.
 
     Args:
         settings: The source and how it is divided.
         split: ``train``, ``validation`` or ``test``.
+        patience: As `open_sources` takes it.
 
     Raises:
         DataError: The split is unknown or empty, or the source cannot be read.
     """
     if split not in SPLITS:
         raise DataError(f"'{split}' is not a split. Use one of {', '.join(SPLITS)}.")
-    streams = open_streams(settings)
+    streams = open_streams(settings, patience)
     empty = True
     for name, text in streams.get(split, streams["train"])():
         if name == split:
             empty = False
             yield text
     if empty:
-        raise DataError(
-            f"the {split} split of '{settings.source}' holds no documents. "
-            f"Set data.{split}_path, or raise data.{split}_fraction or the number of documents."
-        )
+        raise no_documents(settings, split)
 
 
-def open_streams(settings: DataSettings) -> dict[str, Stream]:
+def open_streams(settings: DataSettings, patience: Patience | None = None) -> dict[str, Stream]:
     """Everything a corpus stores, each document with its split, once.
 
     Returns:
         ``train`` first, which also yields what is carved off it; then one stream for each split that has
         its own source.
     """
-    sources = _own_sources(settings)
-    limited = {name: _limited(source, settings.max_documents) for name, source in sources.items()}
-    training = limited.pop("train")
-    shares = _carved(settings, sources)
-    streams: dict[str, Stream] = {"train": lambda: _carve(settings, training, shares)}
-    return streams | {name: _labelled(name, source) for name, source in limited.items()}
+    patience = patience or Patience(settings.retry_for)
+    sources = open_sources(settings, patience)
+    return {name: partial(_documents, source, patience) for name, source in sources.items()}
+
+
+def open_sources(settings: DataSettings, patience: Patience | None = None) -> dict[str, Source]:
+    """`open_streams` as sources that can be read from any position on.
+
+    Args:
+        settings: The source and how it is divided.
+        patience: What happens when a dataset cannot be reached; by default `settings.retry_for` decides.
+
+    Raises:
+        DataError: The source does not exist.
+        SettingsError: A revision is given for what has none.
+    """
+    stored = _own_sources(settings, patience or Patience(settings.retry_for))
+    shares = _carved(settings, stored)
+    return {name: _labelled(settings, name, source, shares) for name, source in stored.items()}
+
+
+def no_documents(settings: DataSettings, split: str) -> DataError:
+    """The error for an empty split."""
+    return DataError(
+        f"the {split} split of '{settings.source}' holds no documents. "
+        f"Set data.{split}_path, or raise data.{split}_fraction or the number of documents."
+    )
 
 
 def is_local(source: str) -> bool:
@@ -130,34 +151,66 @@ def is_local(source: str) -> bool:
     return source not in CORPORA and not source.startswith("hf:")
 
 
+def document_hash(raw: bytes) -> int:
+    """What a document is known by: the first 8 bytes of the sha256 of its text."""
+    return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big")
+
+
 def bucket(raw: bytes) -> float:
-    """Where a document falls in [0, 1): the first 8 bytes of its sha256, as a fraction."""
-    return int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") / 2**64
+    """Where a document falls in [0, 1): its hash as a fraction."""
+    return document_hash(raw) / 2**64
 
 
-def _own_sources(settings: DataSettings) -> dict[str, Documents]:
-    """Openers of the splits that need not be carved, training first."""
-    sources = _source_splits(settings)
+def hub_dataset(settings: DataSettings) -> HubDataset | None:
+    """The dataset on the hub that a source is, or None.
+
+    Raises:
+        DataError: The name is malformed.
+        SettingsError: A revision is given for what has none.
+    """
+    entry = CORPORA.get(settings.source)
+    name, config = entry.hub if entry else None, entry.config if entry else None
+    if settings.source.startswith("hf:"):
+        name, config = parse_hub_source(settings.source)
+    dataset = None if name is None else HubDataset(name, config, settings.revision)
+    if settings.revision is not None and (dataset is None or dataset.is_local):
+        raise SettingsError(
+            f"data.revision={settings.revision} names a revision of a dataset on the hub, and '{settings.source}' "
+            "is none. Leave it out."
+        )
+    return dataset
+
+
+def _own_sources(settings: DataSettings, patience: Patience) -> dict[str, Documents | HubSource]:
+    """What need not be carved, training first."""
+    sources = _source_splits(settings, patience)
     for name, path in (("validation", settings.validation_path), ("test", settings.test_path)):
         if path is not None:
-            sources[name] = _local(path, settings)
+            sources[name] = _limited(_local(path, settings), settings.max_documents)
     return {name: sources[name] for name in SPLITS if name in sources}
 
 
-def _source_splits(settings: DataSettings) -> dict[str, Documents]:
-    entry = CORPORA.get(settings.source)
+def _source_splits(settings: DataSettings, patience: Patience) -> dict[str, Documents | HubSource]:
+    entry, dataset, most = CORPORA.get(settings.source), hub_dataset(settings), settings.max_documents
+    if dataset is None:
+        if entry is None:
+            return {"train": _limited(_local(settings.source, settings), most)}
+        return {split: _limited(_built_in(entry.name, split), most) for split in entry.splits}
     if entry is None:
-        if not settings.source.startswith("hf:"):
-            return {"train": _local(settings.source, settings)}
-        name, config = parse_hub_source(settings.source)
-        column, errors = settings.text_column, settings.encoding_errors
-        return {
-            split: _bind(hub_documents, name, config, own, column, errors)
-            for split, own in hub_splits(name, config).items()
-        }
-    if entry.hub is None:
-        return {split: _built_in(entry.name, split) for split in entry.splits}
-    return {split: _hub_entry(entry, split, settings.encoding_errors) for split in entry.splits}
+        splits = patience.attempt(str(dataset), lambda: hub_splits(dataset))
+    else:
+        splits = {split: split for split in entry.splits}
+    column = entry.text_column if entry else settings.text_column
+    found: dict[str, Documents | HubSource] = {}
+    for split, own in splits.items():
+        source = HubSource(dataset, own, column, settings.encoding_errors)
+        if entry is not None and entry.rows_are_lines:
+            found[split] = _limited(partial(_articles, source, patience), most)
+        elif most is not None:
+            found[split] = _limited(partial(_texts, source, patience), most)
+        else:
+            found[split] = source
+    return found
 
 
 def _built_in(name: str, split: str) -> Documents:
@@ -172,30 +225,40 @@ def _built_in(name: str, split: str) -> Documents:
     return documents
 
 
-def _hub_entry(entry: CorpusEntry, split: str, encoding_errors: str) -> Documents:
-    read = hub_rows if entry.rows_are_lines else hub_documents
-    rows = _bind(read, entry.hub or "", entry.config, split, entry.text_column, encoding_errors)
-    return (lambda: wikitext_articles(rows())) if entry.rows_are_lines else rows
-
-
 def _local(path: str, settings: DataSettings) -> Documents:
     column, errors = settings.text_column, settings.encoding_errors
     return lambda: read_documents(path, text_column=column, encoding_errors=errors)
-
-
-def _bind(function: Callable[..., Iterator[str]], *arguments: str | None) -> Documents:
-    return lambda: function(*arguments)
 
 
 def _limited(source: Documents, most: int | None) -> Documents:
     return lambda: islice(source(), most)
 
 
-def _labelled(name: str, source: Documents) -> Stream:
-    return lambda: ((name, text) for text in source())
+def _documents(source: Source, patience: Patience) -> Iterator[tuple[str, str]]:
+    for _, split, text in read_pass(source, Position(), patience):
+        if text and not text.isspace():
+            yield split, text
 
 
-def _carved(settings: DataSettings, sources: dict[str, Documents]) -> dict[str, float]:
+def _texts(source: Source, patience: Patience) -> Iterator[str]:
+    return (text for _, text in _documents(source, patience))
+
+
+def _articles(source: Source, patience: Patience) -> Iterator[str]:
+    return wikitext_articles(text for _, _, text in read_pass(source, Position(), patience))
+
+
+def _labelled(settings: DataSettings, name: str, source: Documents | HubSource, shares: dict[str, float]) -> Source:
+    """A source whose rows say which split they belong to."""
+    if isinstance(source, HubSource):
+        source.label = (lambda text: _split_of(bucket(text.encode()), shares)) if name == "train" else lambda text: name
+        return source
+    if name == "train":
+        return DocumentSource(f"'{settings.source}'", lambda: _carve(settings, source, shares))
+    return DocumentSource(f"'{settings.source}'", lambda: ((name, text) for text in source()))
+
+
+def _carved(settings: DataSettings, sources: dict[str, Documents | HubSource]) -> dict[str, float]:
     shares = {"test": settings.test_fraction, "validation": settings.validation_fraction}
     return {name: share for name, share in shares.items() if name not in sources and share > 0}
 

@@ -2,7 +2,8 @@
 
 A folder holds ``manifest.json`` and, per split, ``shard-NNNNN.bin`` (little-endian token ids, 1, 2 or 4
 bytes each), ``documents.bin`` (uint64 pairs: end offset in tokens, raw UTF-8 bytes) and ``hashes.bin``
-(uint64 per document, from sha256 of its bytes). Writing it is left to `shards`.
+(uint64 per document, from sha256 of its bytes). The manifest holds the sha256 of each of them, and its own.
+Writing is left to `shards`.
 
 Tokens are read with positioned reads, not through a memory map: a shard that is cut off while it is in
 use gives a short read, which becomes a DataError, where a map would end the process with SIGBUS.
@@ -14,15 +15,23 @@ import os
 import re
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ternlm.errors import DataError
+from ternlm.files import from_json, read_regular
 
-SCHEMA = 1
+if TYPE_CHECKING:
+    import torch
+
+    from ternlm.data.loader import Loader
+
+SCHEMA = 2
 MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 64 * 2**20
 SPLITS = ("train", "validation", "test")
+TABLES = {"documents.bin": 16, "hashes.bin": 8}  # bytes per document
 _AGAIN = "Delete the folder and run `ternlm data prepare` again."
 
 
@@ -44,17 +53,19 @@ class TokenStream:
     def __init__(self, directory: Path, name: str, description: dict[str, Any], vocab_size: int):
         self.name = name
         self.directory = directory / name
-        self.documents = int(description["documents"])
-        self.bytes = int(description["bytes"])
-        self.words = int(description["words"])
-        self.longest_document = int(description["longest_document"])
+        self.documents = _count(description["documents"])
+        self.bytes = _count(description["bytes"])
+        self.words = _count(description["words"])
+        self.longest_document = _count(description["longest_document"])
         self.eval_id = str(description["eval_id"])
         self.shards: list[dict[str, Any]] = description["shards"]
         self.dtype = token_dtype(vocab_size)
+        hashes = {shard["file"]: shard["sha256"] for shard in self.shards}
+        self._sha256: dict[str, str] = hashes | {name: description["tables"][name] for name in TABLES}
         self._vocab_size = vocab_size
-        self._ends = np.cumsum([0, *(int(shard["tokens"]) for shard in self.shards)])
+        self._ends = np.cumsum([0, *(_count(shard["tokens"]) for shard in self.shards)])
         self._files: dict[int, int] = {}
-        self._check_sizes(int(description["tokens"]))
+        self._check_sizes(_count(description["tokens"]))
 
     def __len__(self) -> int:
         """Number of tokens, markers included."""
@@ -79,41 +90,45 @@ class TokenStream:
     @property
     def document_ends(self) -> np.ndarray:
         """One past the last token of each document, int64 (documents,)."""
-        return self._documents_table()[:, 0].astype(np.int64)
+        return self._table("documents.bin", 2)[:, 0].astype(np.int64)
 
     @property
     def document_bytes(self) -> np.ndarray:
         """Raw UTF-8 bytes of each document, int64 (documents,)."""
-        return self._documents_table()[:, 1].astype(np.int64)
+        return self._table("documents.bin", 2)[:, 1].astype(np.int64)
 
     @property
     def document_hashes(self) -> np.ndarray:
         """First 8 bytes of sha256 of each document's raw bytes, uint64 (documents,)."""
-        return np.fromfile(self.directory / "hashes.bin", dtype="<u8")
+        return self._table("hashes.bin", 1)[:, 0]
 
     def verify(self) -> None:
-        """Compare every shard with its sha256.
+        """Compare every file with its sha256.
 
         Raises:
-            DataError: A shard's content is not what was prepared.
+            DataError: A file's content is not what was prepared.
         """
-        for shard in self.shards:
-            path = self.directory / shard["file"]
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != shard["sha256"]:
-                raise DataError(
-                    f"shard {path} has sha256 {found[:12]}, its manifest promises {shard['sha256'][:12]}. {_AGAIN}"
-                )
+        for name, promised in self._sha256.items():
+            path = self.directory / name
+            try:
+                with path.open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise _unreadable(path, error) from None
+            if found != promised:
+                raise DataError(f"{path} has sha256 {found[:12]}, its manifest promises {promised[:12]}. {_AGAIN}")
 
     def _read_shard(self, number: int, start: int, count: int) -> np.ndarray:
         size = self.dtype.itemsize
         path = self.directory / self.shards[number]["file"]
-        if number not in self._files:
-            self._files[number] = os.open(path, os.O_RDONLY)
-            weakref.finalize(self, os.close, self._files[number])
         content = bytearray(count * size)
-        got = os.preadv(self._files[number], [content], start * size)
+        try:
+            if number not in self._files:
+                self._files[number] = os.open(path, os.O_RDONLY)
+                weakref.finalize(self, os.close, self._files[number])
+            got = os.preadv(self._files[number], [content], start * size)
+        except OSError as error:
+            raise _unreadable(path, error) from None
         if got != count * size:
             raise DataError(
                 f"shard {path} gave {got:,} of {count * size:,} bytes at offset {start * size:,}: "
@@ -127,8 +142,15 @@ class TokenStream:
             )
         return values
 
-    def _documents_table(self) -> np.ndarray:
-        return np.fromfile(self.directory / "documents.bin", dtype="<u8").reshape(-1, 2)
+    def _table(self, name: str, columns: int) -> np.ndarray:
+        path = self.directory / name
+        try:
+            values = np.fromfile(path, dtype="<u8")
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        if len(values) != self.documents * columns:
+            raise DataError(f"{path} was cut off while in use. {_AGAIN}")
+        return values.reshape(-1, columns)
 
     def _check_sizes(self, tokens: int) -> None:
         if tokens != len(self):
@@ -136,7 +158,7 @@ class TokenStream:
                 f"the shards of {self.directory} hold {len(self):,} tokens, the manifest promises {tokens:,}. " + _AGAIN
             )
         promised = [(shard["file"], int(shard["tokens"]), self.dtype.itemsize) for shard in self.shards]
-        promised += [("documents.bin", self.documents, 16), ("hashes.bin", self.documents, 8)]
+        promised += [(name, self.documents, size) for name, size in TABLES.items()]
         for file, count, size in promised:
             path = self.directory / file
             if not path.is_file():
@@ -161,7 +183,10 @@ class Corpus:
         self.directory = directory
         self.manifest = manifest
         self.tokenizer_fingerprint = str(manifest["tokenizer"]["fingerprint"])
-        self.vocab_size = int(manifest["tokenizer"]["vocab_size"])
+        self.vocab_size = _count(manifest["tokenizer"]["vocab_size"])
+        for marker in (manifest["tokenizer"]["bos_id"], manifest["tokenizer"]["eos_id"]):
+            if marker is not None and not 0 <= marker < self.vocab_size:
+                raise ValueError(f"marker {marker}")
         self._streams = {
             name: TokenStream(directory, name, manifest["splits"][name], self.vocab_size)
             for name in SPLITS
@@ -194,6 +219,52 @@ class Corpus:
         parts = [self.tokenizer_fingerprint, *(self.manifest["splits"][name]["eval_id"] for name in SPLITS)]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()
 
+    def loader(
+        self,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        bos_id: int | None,
+        device: "torch.device | str" = "cpu",
+    ) -> "Loader":
+        """Training batches.
+
+        Raises:
+            DataError: The training split cannot fill one window.
+        """
+        from ternlm.data.loader import Loader
+
+        return Loader(self.split("train"), batch_size, sequence_length, seed, bos_id, device)
+
+    def bytes_per_token(self) -> float | None:
+        """Raw bytes per target of the training split, or None if it has no targets."""
+        stream = self.split("train")
+        markers = stream.documents * (self.manifest["tokenizer"]["bos_id"] is not None)
+        return stream.bytes / (len(stream) - markers) if len(stream) > markers else None
+
+    def describe(self) -> dict[str, Any]:
+        """Where the data come from and what they are: source, revision, tokenizer, splits with their shards."""
+        source, tokenizer = self.manifest["source"], self.manifest["tokenizer"]
+        return {
+            "source": source["source"],
+            "revision": source.get("revision"),
+            "tokenizer": {"name": tokenizer["name"], "fingerprint": tokenizer["fingerprint"]},
+            "splits": {name: describe_split(stream) for name, stream in self._streams.items()},
+        }
+
+    def first_tokens(self, n: int = 1000) -> list[int]:
+        """The first tokens of the training split, at most `n`."""
+        stream = self.split("train")
+        return [int(token) for token in stream.read(0, min(n, len(stream)))]
+
+    def close(self) -> None:
+        """Nothing to do; a `StreamedCorpus` has a thread to end."""
+
+
+def describe_split(stream: TokenStream) -> dict[str, Any]:
+    """Documents, tokens, bytes and shards of a split."""
+    return {"documents": stream.documents, "tokens": len(stream), "bytes": stream.bytes, "shards": stream.shards}
+
 
 def load_corpus(directory: Path, verify: bool = False) -> Corpus:
     """Open a prepared corpus.
@@ -208,7 +279,7 @@ def load_corpus(directory: Path, verify: bool = False) -> Corpus:
     manifest = read_manifest(directory)
     try:
         corpus = Corpus(directory, manifest)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"{directory / MANIFEST} is damaged ({error!r}). {_AGAIN}") from None
     if verify:
         for name in corpus.splits:
@@ -224,16 +295,25 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """
     path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = from_json(read_regular(path, LARGEST_MANIFEST))
     except FileNotFoundError:
         raise DataError(f"{directory} holds no prepared corpus. Run `ternlm data prepare` first.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read ({error}). {_AGAIN}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}). {_AGAIN}") from None
     if not isinstance(manifest, dict) or manifest.get("schema") != SCHEMA:
-        found = manifest.get("schema") if isinstance(manifest, dict) else type(manifest).__name__
-        raise DataError(f"{path} has schema {found!r}; this version reads {SCHEMA}. {_AGAIN}")
+        found = manifest.get("schema") if isinstance(manifest, dict) else None
+        found = found if isinstance(found, int) and abs(found) < 2**31 else "none"
+        raise DataError(f"{path} has schema {found}; this version reads {SCHEMA}. {_AGAIN}")
+    if manifest.get("sha256") != seal(manifest):
+        raise DataError(f"{path} is damaged: its own sha256 does not fit. {_AGAIN}")
     _check_names(path, manifest)
     return manifest
+
+
+def seal(manifest: dict[str, Any]) -> str:
+    """sha256 of a manifest without its field `sha256`, which holds this."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -242,8 +322,8 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def split_id(description: dict[str, Any]) -> str:
-    """`eval_id`: sha256 of a split's manifest part, without the id itself."""
-    content = {key: value for key, value in description.items() if key != "eval_id"}
+    """`eval_id`: sha256 of a split's manifest part, without the id itself and the hashes of the tables."""
+    content = {key: value for key, value in description.items() if key not in ("eval_id", "tables")}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -254,7 +334,18 @@ def _check_names(path: Path, manifest: dict[str, Any]) -> None:
             description = manifest["splits"][name]
             intact = description["eval_id"] == split_id(description)
             plain = all(re.fullmatch(r"shard-\d{5}\.bin", shard["file"]) for shard in description["shards"])
-            if not intact or not plain:
+            hashes = [*(shard["sha256"] for shard in description["shards"]), *description["tables"].values()]
+            if not intact or not plain or not all(re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in hashes):
                 raise DataError(f"{path} is damaged: the {name} split does not match its eval_id. {_AGAIN}")
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is damaged ({error!r}). {_AGAIN}") from None
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError("a count that is none")
+    return value
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be read: {error.strerror or error}. {_AGAIN}")

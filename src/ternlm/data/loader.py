@@ -4,8 +4,8 @@ There are no workers, no prefetch queue and no shuffle buffer: the position in t
 the number of samples drawn so far over all epochs and all ranks. The order of windows is `sampler`'s.
 """
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ class Loader:
         bos_id: The id that is never a target, or None.
         device: Where batches go.
 
+    Attributes:
+        while_waiting, say: As `StreamLoader` has them; never called, since prepared data are there.
+
     Raises:
         DataError: The stream holds fewer than T + 1 tokens.
     """
@@ -54,6 +57,8 @@ class Loader:
         self.bos_id = bos_id
         self.device = torch.device(device)
         self.windows_per_epoch = windows_per_epoch(len(stream), sequence_length)
+        self.while_waiting: Callable[[str | None], None] = lambda complaint: None
+        self.say: Callable[[str], None] = lambda sentence: None
 
     def batch(self, counter: int, size: int | None = None) -> Batch:
         """Samples [counter, counter + size) as one batch.
@@ -82,11 +87,22 @@ class Loader:
             )
         return [int(start) for start in starts]
 
+    def samples(self, counter: int, size: int | None = None) -> list[dict[str, Any]]:
+        """What identifies each of the samples [counter, counter + size): `epoch`, `index` in it, token `start`."""
+        starts = enumerate(self.starts(counter, size), start=counter)
+        return [
+            {"epoch": sample // self.windows_per_epoch, "index": sample % self.windows_per_epoch, "start": start}
+            for sample, start in starts
+        ]
+
+    def release(self, counter: int) -> None:
+        """Nothing to do: prepared data stay."""
+
     def epoch(self, counter: int) -> float:
         """Passes over the data after `counter` samples, as a fraction."""
         return counter / self.windows_per_epoch
 
-    def describe(self) -> dict[str, int]:
+    def describe(self) -> dict[str, int | None]:
         """What one epoch is made of."""
         return {
             "documents": self.stream.documents,

@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ternlm.data.catalog import open_corpus
+from ternlm.data.reader import Patience, wait_unless
 from ternlm.data.settings import DataSettings
 from ternlm.data.shards import Corpus, Progress, default_directory, prepare, source_identity
-from ternlm.errors import DataError
+from ternlm.data.stream import StreamedCorpus, open_stream
+from ternlm.errors import DataError, SettingsError
 from ternlm.tokenizers import Tokenizer, TokenizerSettings, load_tokenizer, train_bpe
 
 
 class Prepared(NamedTuple):
-    """A corpus on disk and the tokenizer that made it."""
+    """A corpus, on disk or streamed, and the tokenizer that makes its tokens."""
 
-    corpus: Corpus
+    corpus: Corpus | StreamedCorpus
     tokenizer: Tokenizer
 
 
@@ -27,35 +29,45 @@ def prepare_data(
     progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda text: None,
+    folder: Path | None = None,
 ) -> Prepared:
-    """Load or train the tokenizer, then tokenize the corpus unless that was done before.
+    """Load or train the tokenizer, then tokenize the corpus unless that was done before, or begin to stream it.
 
     Args:
         data: The source.
         tokenizer: Which tokenizer; ``name="train"`` trains one on the training documents, once.
         progress, should_stop: As `prepare` takes them.
         say: Called with a sentence before something slow begins.
+        folder: Where a stream keeps its blocks, with `data.stream`; a run's own.
 
     Raises:
-        DataError, TokenizerError: As `prepare` and `load_tokenizer` raise them.
+        DataError, TokenizerError: As `prepare`, `open_stream` and `load_tokenizer` raise them.
+        SettingsError: A stream has no folder.
     """
     trains = tokenizer.name == "train"
-    loaded = _trained(data, tokenizer.vocab_size, say) if trains else load_tokenizer(tokenizer.name)
+    patience = Patience(data.retry_for, say, wait_unless(should_stop))
+    loaded = _trained(data, tokenizer.vocab_size, patience) if trains else load_tokenizer(tokenizer.name)
+    if data.stream:
+        if folder is None:
+            raise SettingsError(
+                f"data.stream=true reads '{data.source}' while a run trains, and here is no run. Use data.stream=false."
+            )
+        return Prepared(open_stream(data, loaded, folder, progress, should_stop, say), loaded)
     directory = default_directory(data, loaded)
     if not (directory / "manifest.json").exists():
         say(f"preparing '{data.source}' in {directory}")
     return Prepared(prepare(data, loaded, directory, progress, should_stop), loaded)
 
 
-def _trained(data: DataSettings, vocab_size: int, say: Callable[[str], None]) -> Tokenizer:
+def _trained(data: DataSettings, vocab_size: int, patience: Patience) -> Tokenizer:
     """A byte-level BPE of the training documents, kept in the cache under a hash of what it was made from."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ternlm" / "tokenizers"
     key = hashlib.sha256(f"{source_identity(data)}|{vocab_size}".encode()).hexdigest()[:16]
     directory = cache / f"bpe-{vocab_size}-{key}"
     if (directory / "tokenizer.json").exists():
         return load_tokenizer(directory)
-    say(f"training a BPE tokenizer of {vocab_size:,} ids on '{data.source}'")
-    trained = train_bpe(open_corpus(data, "train"), vocab_size)
+    patience.say(f"training a BPE tokenizer of {vocab_size:,} ids on '{data.source}'")
+    trained = train_bpe(open_corpus(data, "train", patience), vocab_size)
     unfinished = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)

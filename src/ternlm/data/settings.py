@@ -1,11 +1,13 @@
 """The `data` section of a run's settings."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
 from ternlm.settings.base import Settings
-from ternlm.settings.numbers import Count, Float
+from ternlm.settings.numbers import Bytes, Count, Float, Seconds
+
+_LEAST_WINDOWS = 8  # that a stream's buffer holds, at 4 bytes per token
 
 
 class DataSettings(Settings):
@@ -21,6 +23,11 @@ class DataSettings(Settings):
         sequence_length: Targets per training window, T.
         encoding_errors: ``strict`` refuses bytes that are not UTF-8; ``replace`` reads them as U+FFFD.
         cache: Folder that prepared corpora go to; by default ``$XDG_CACHE_HOME/ternlm/data``.
+        revision: Branch, tag or commit of a dataset on the hub; by default the newest.
+        retry_for: Give up after a dataset could not be read for this long, e.g. ``2h``; by default never.
+        stream: Read while training instead of preparing the corpus before.
+        stream_buffer: Most disk that the token blocks of a stream take.
+        stream_validation_tokens: The validation split of a stream ends with the document that reaches this.
     """
 
     source: str = "stories"
@@ -34,6 +41,19 @@ class DataSettings(Settings):
     sequence_length: Count = 256
     encoding_errors: Literal["strict", "replace"] = "strict"
     cache: str | None = None
+    revision: str | None = None
+    retry_for: Seconds | None = None
+    stream: bool = False
+    stream_buffer: Bytes = 2 * 2**30
+    stream_validation_tokens: Count = 500_000
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide which documents are read and how they are divided, as JSON values.
+
+        A revision that is not given is left out, so that corpora prepared before it existed are still found.
+        """
+        incidental = {"sequence_length", "cache", "retry_for", "stream", "stream_buffer", "stream_validation_tokens"}
+        return self.model_dump(exclude=incidental | ({"revision"} if self.revision is None else set()))
 
     @field_validator("source", "text_column")
     @classmethod
@@ -49,7 +69,7 @@ class DataSettings(Settings):
             raise ValueError("a share lies in [0, 1); write 0.05 or 5%")
         return value
 
-    @field_validator("max_documents", "max_tokens", "sequence_length")
+    @field_validator("max_documents", "max_tokens", "sequence_length", "stream_buffer", "stream_validation_tokens")
     @classmethod
     def _is_positive(cls, value: int | None) -> int | None:
         if value is not None and value < 1:
@@ -62,5 +82,30 @@ class DataSettings(Settings):
             raise ValueError(
                 f"validation_fraction={self.validation_fraction} and test_fraction={self.test_fraction} "
                 "leave nothing to train on; their sum must be below 1"
+            )
+        return self
+
+    @field_validator("retry_for")
+    @classmethod
+    def _is_not_negative(cls, value: float | None) -> float | None:
+        if value is not None and value < 0:
+            raise ValueError("it must not be negative; 0 gives up at once, null never")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_a_stream(self) -> "DataSettings":
+        if not self.stream:
+            return self
+        given = next((name for name in ("max_tokens", "max_documents") if getattr(self, name) is not None), None)
+        if given is not None:
+            raise ValueError(
+                f"data.{given}={getattr(self, given)} limits what is prepared, and data.stream=true prepares "
+                "nothing; limit the run with training.max_tokens instead"
+            )
+        least = _LEAST_WINDOWS * 4 * (self.sequence_length + 1)
+        if self.stream_buffer < least:
+            raise ValueError(
+                f"data.stream_buffer={self.stream_buffer} is less than {_LEAST_WINDOWS} windows of "
+                f"data.sequence_length={self.sequence_length}; give at least {least}, better 1GiB"
             )
         return self

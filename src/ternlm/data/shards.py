@@ -23,12 +23,22 @@ import numpy as np
 
 import ternlm
 from ternlm.data.catalog import SPLITS, is_local, open_streams
-from ternlm.data.corpus import MANIFEST, SCHEMA, Corpus, TokenStream, load_corpus, read_manifest, token_dtype
+from ternlm.data.corpus import (
+    LARGEST_MANIFEST,
+    MANIFEST,
+    SCHEMA,
+    Corpus,
+    TokenStream,
+    load_corpus,
+    read_manifest,
+    seal,
+    token_dtype,
+)
 from ternlm.data.documents import find_files
 from ternlm.data.settings import DataSettings
 from ternlm.data.writer import SplitWriter
 from ternlm.errors import DataError, Interrupted
-from ternlm.files import held, replace_durably, to_json
+from ternlm.files import from_json, held, read_regular, replace_durably, synchronize_folder, to_json
 from ternlm.tokenizers.interface import Tokenizer
 
 __all__ = [
@@ -117,15 +127,13 @@ class _Preparation:
         self.tokenizer = tokenizer
         self.directory = directory
         self.identity = identity
-        state = self._read_state()
-        self.stream = int(state.get("stream", 0))
-        self.consumed = int(state.get("consumed", 0))
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.writers: dict[str, SplitWriter] = {}
-        self.dropped = {name: int(state.get("dropped", {}).get(name, 0)) for name in SPLITS}
-        for name in SPLITS:
-            committed = state.get("splits", {}).get(name)
-            self.writers[name] = SplitWriter(directory / name, self.dtype, SHARD_TOKENS, committed)
+        self.stream = self.consumed = 0
+        try:
+            self._continue(self._read_state())
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
+            raise DataError(f"{directory / _STATE} is damaged. Delete the folder and prepare it again.") from None
         self.started = time.monotonic()
         self.uncommitted = 0
 
@@ -225,13 +233,22 @@ class _Preparation:
             "duplicates_dropped": self.dropped,
             "splits": {name: writer.finish() for name, writer in self.writers.items()},
         }
-        replace_durably(self.directory / MANIFEST, to_json(manifest))
+        replace_durably(self.directory / MANIFEST, to_json(manifest | {"sha256": seal(manifest)}))
         (self.directory / _STATE).unlink()
+
+    def _continue(self, state: dict[str, Any]) -> None:
+        self.stream = int(state.get("stream", 0))
+        self.consumed = int(state.get("consumed", 0))
+        self.dropped = {name: int(state.get("dropped", {}).get(name, 0)) for name in SPLITS}
+        for name in SPLITS:
+            committed = state.get("splits", {}).get(name)
+            self.writers[name] = SplitWriter(self.directory / name, self.dtype, SHARD_TOKENS, committed)
+        synchronize_folder(self.directory)  # the splits are there before a record speaks of them
 
     def _read_state(self) -> dict[str, Any]:
         try:
-            state = json.loads((self.directory / _STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            state = from_json(read_regular(self.directory / _STATE, LARGEST_MANIFEST))
+        except (FileNotFoundError, ValueError):
             state = {}
         if not isinstance(state, dict) or state.get("identity") != self.identity:
             # files without a matching record belong to nobody
@@ -295,6 +312,8 @@ def _open_finished(directory: Path, identity: str) -> Corpus:
             f"{directory} holds a corpus of another source, tokenizer or data settings. "
             "Choose another folder, or delete this one."
         )
+    if (directory / _STATE).exists():  # left by a process that ended right after it wrote the manifest
+        (directory / _STATE).unlink()
     return load_corpus(directory)
 
 

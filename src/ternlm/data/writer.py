@@ -5,19 +5,18 @@ a committed length and appending the same documents again gives the same bytes. 
 becomes of the whole, is left to `shards`.
 """
 
-import hashlib
-import os
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from ternlm.data.corpus import split_id
+from ternlm.data.corpus import TABLES, split_id
 from ternlm.errors import DataError
-from ternlm.files import synchronize_folder
+from ternlm.files import AppendFile, synchronize_folder
 
 PARTIAL = ".part"
-_TABLES = {"documents.bin": 16, "hashes.bin": 8}  # bytes per document
+_CHANGED = "it was changed from outside. Delete the folder and run `ternlm data prepare` again."
 
 
 class SplitWriter:
@@ -46,8 +45,10 @@ class SplitWriter:
         self.dropped = int(state.get("dropped", 0))
         directory.mkdir(parents=True, exist_ok=True)
         self._remove_later_shards()
-        self._tables = [_reopen(directory / name, self.documents * size)[0] for name, size in _TABLES.items()]
+        self._committed: dict[str, str] = dict(state.get("sha256", {}))
+        self._tables = [self._reopen(name, self.documents * size) for name, size in TABLES.items()]
         self._open_shard(self.tokens - sum(shard["tokens"] for shard in self.shards))
+        self._committed = {}
 
     def append(self, ids: np.ndarray, raw_bytes: int, words: int, digest: int) -> None:
         """Add one document.
@@ -65,18 +66,28 @@ class SplitWriter:
         self.words += words
         self.longest_document = max(self.longest_document, len(ids))
         documents, hashes = self._tables
-        documents.write(np.array([self.tokens, raw_bytes], dtype="<u8").tobytes())
-        hashes.write(np.array([digest], dtype="<u8").tobytes())
+        documents.append(np.array([self.tokens, raw_bytes], dtype="<u8").tobytes())
+        hashes.append(np.array([digest], dtype="<u8").tobytes())
 
     def commit(self) -> dict[str, Any]:
         """Bring everything appended to the disk and return the state that continues from here."""
         for file in (*self._tables, self._file):
-            _synchronize(file)
-        return {"shards": self.shards, "tokens": self.tokens, "dropped": self.dropped, **self._totals()}
+            file.synchronize()
+        if self._has_new_names:
+            synchronize_folder(self.directory)
+            self._has_new_names = False
+        proof = {file.path.name: file.digest.hexdigest() for file in (*self._tables, self._file)}
+        return {
+            "shards": self.shards,
+            "tokens": self.tokens,
+            "dropped": self.dropped,
+            "sha256": proof,
+            **self._totals(),
+        }
 
     def hashes(self) -> np.ndarray:
         """Hashes of all documents so far, sorted, uint64."""
-        self._tables[1].flush()
+        self._tables[1].write_out()
         return np.sort(np.fromfile(self.directory / ("hashes.bin" + PARTIAL), dtype="<u8"))
 
     def finish(self) -> dict[str, Any]:
@@ -85,26 +96,25 @@ class SplitWriter:
             self._close_shard()
         else:
             self._file.close()
-            Path(self._file.name).unlink()
-        for file, name in zip(self._tables, _TABLES, strict=True):
-            _synchronize(file)
-            file.close()
-            Path(file.name).rename(self.directory / name)
+            self._file.path.unlink()
+        for file in self._tables:
+            _complete(file)
         synchronize_folder(self.directory)
-        description = {**self._totals(), "tokens": self.tokens, "shards": self.shards}
+        tables = {name: file.digest.hexdigest() for name, file in zip(TABLES, self._tables, strict=True)}
+        description = {**self._totals(), "tokens": self.tokens, "shards": self.shards, "tables": tables}
         return {**description, "eval_id": split_id(description)}
 
     def close(self) -> None:
         """Close the files; what was not committed is forgotten at the next start."""
-        for file in (*self._tables, self._file):
-            file.close()
+        with ExitStack() as stack:  # each is closed, also where another fails
+            for file in (*self._tables, self._file):
+                stack.callback(file.close)
 
     def _append_tokens(self, ids: np.ndarray) -> None:
         while len(ids):
             taken = ids[: self.shard_tokens - self._tokens_in_shard]
             content = taken.tobytes()
-            self._file.write(content)
-            self._digest.update(content)
+            self._file.append(content)
             self._tokens_in_shard += len(taken)
             ids = ids[len(taken) :]
             if self._tokens_in_shard == self.shard_tokens:
@@ -114,24 +124,40 @@ class SplitWriter:
     def _open_shard(self, tokens: int) -> None:
         self._shard_name = f"shard-{len(self.shards):05d}.bin"
         self._tokens_in_shard = tokens
-        length = tokens * self.dtype.itemsize
-        self._file, self._digest = _reopen(self.directory / self._shard_name, length)
+        self._file = self._reopen(self._shard_name, tokens * self.dtype.itemsize)
 
     def _close_shard(self) -> None:
-        _synchronize(self._file)
-        self._file.close()
-        Path(self._file.name).rename(self.directory / self._shard_name)
+        _complete(self._file)
         synchronize_folder(self.directory)
         # a new list: a state handed out by commit must not change afterwards
         self.shards = [
             *self.shards,
-            {"file": self._shard_name, "tokens": self._tokens_in_shard, "sha256": self._digest.hexdigest()},
+            {"file": self._shard_name, "tokens": self._tokens_in_shard, "sha256": self._file.digest.hexdigest()},
         ]
 
     def _remove_later_shards(self) -> None:
         for path in self.directory.glob("shard-*.bin*"):
             if int(path.name[6:11]) > len(self.shards):
                 path.unlink()
+
+    def _reopen(self, name: str, length: int) -> AppendFile:
+        """Open a partial file cut back to `length` bytes, which must be those that were committed.
+
+        A file may have reached its final name after the last commit; then it becomes partial again.
+        """
+        path = self.directory / name
+        partial = path.with_name(name + PARTIAL)
+        if path.exists():
+            path.rename(partial)
+        found = partial.stat().st_size if partial.exists() else 0
+        if found < length:
+            raise DataError(f"{partial} has {found:,} bytes, {length:,} were committed: {_CHANGED}")
+        self._has_new_names = True
+        file = AppendFile(partial, length)
+        if self._committed.get(partial.name, file.digest.hexdigest()) != file.digest.hexdigest():
+            file.close()
+            raise DataError(f"{partial} differs from what was committed (sha256): {_CHANGED}")
+        return file
 
     def _totals(self) -> dict[str, Any]:
         return {
@@ -142,32 +168,8 @@ class SplitWriter:
         }
 
 
-def _synchronize(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _reopen(path: Path, length: int) -> tuple[BinaryIO, Any]:
-    """Open a partial file cut back to `length` bytes, with the running sha256 of what it keeps.
-
-    A file may have reached its final name after the last commit; then it becomes partial again.
-    """
-    partial = path.with_name(path.name + PARTIAL)
-    if path.exists():
-        path.rename(partial)
-    found = partial.stat().st_size if partial.exists() else 0
-    if found < length:
-        raise DataError(
-            f"{partial} has {found:,} bytes, {length:,} were committed: it was changed from outside. "
-            "Delete the folder and run `ternlm data prepare` again."
-        )
-    file = partial.open("r+b" if partial.exists() else "w+b")
-    file.truncate(length)
-    digest = hashlib.sha256()
-    remaining = length
-    while remaining:
-        content = file.read(min(remaining, 2**20))
-        digest.update(content)
-        remaining -= len(content)
-    file.seek(length)
-    return file, digest
+def _complete(file: AppendFile) -> None:
+    """Bring a partial file to the disk and give it its final name."""
+    file.synchronize()
+    file.close()
+    file.path.rename(file.path.with_name(file.path.name.removesuffix(PARTIAL)))

@@ -1,0 +1,130 @@
+"""Batches from a stream: windows of one token block after another, in an order computed from the seed.
+
+As for prepared data, the position is one integer, the number of samples drawn so far by all ranks.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from ternlm.data.batch import Batch
+from ternlm.data.producer import Producer
+from ternlm.data.sampler import permute
+
+
+class StreamLoader:
+    """Training batches as a pure function of a sample counter; `batch` waits until its blocks are there.
+
+    A block holds W windows of T targets and shares its first token with the block before, so every token of the
+    stream is a target exactly once. Sample c is window permutation(seed, c // W)[c % W] of block c // W.
+
+    Args:
+        producer: Gives the blocks.
+        batch_size: Default number of windows per batch, B.
+        sequence_length: Targets per window, T.
+        seed: Chooses the order of the windows in each block.
+        bos_id: The id that is never a target, or None.
+        device: Where batches go.
+
+    Attributes:
+        windows_per_block: W.
+        windows_per_epoch: None: how long the stream is shows only when it ends.
+        while_waiting: Called about every 0.2 s while a block is not there, with the complaint about the source
+            or None where it is merely slow; what it raises ends the waiting.
+        say: Called with a sentence when a pass over the source ends or a block had to be made again.
+    """
+
+    windows_per_epoch: int | None = None
+
+    def __init__(
+        self,
+        producer: Producer,
+        batch_size: int,
+        sequence_length: int,
+        seed: int,
+        bos_id: int | None,
+        device: torch.device | str = "cpu",
+    ):
+        self.batch_size = batch_size
+        self.sequence_length = sequence_length
+        self.seed = seed
+        self.bos_id = bos_id
+        self.device = torch.device(device)
+        self.windows_per_block = (producer.store.tokens - 1) // sequence_length
+        self.while_waiting: Callable[[str | None], None] = lambda complaint: None
+        self.say: Callable[[str], None] = lambda sentence: None
+        self._producer = producer
+        self._block: tuple[int, np.ndarray] = (-1, np.empty(0))
+
+    def batch(self, counter: int, size: int | None = None) -> Batch:
+        """Samples [counter, counter + size) as one batch.
+
+        Args:
+            counter: Samples drawn before this batch.
+            size: Number of windows; the default is `batch_size`.
+
+        Raises:
+            DataError: The source cannot be read any more.
+        """
+        starts = self._starts(counter, size)
+        span = self.windows_per_block * self.sequence_length
+        windows = np.empty((len(starts), self.sequence_length + 1), dtype=np.int64)
+        for row, start in enumerate(starts):
+            number, offset = divmod(int(start), span)
+            windows[row] = self._tokens(number)[offset : offset + self.sequence_length + 1]
+        while self._producer.sentences:
+            self.say(self._producer.sentences.popleft())
+        return Batch.from_windows(torch.from_numpy(windows), self.bos_id).to(self.device)
+
+    def samples(self, counter: int, size: int | None = None) -> list[dict[str, Any]]:
+        """What identifies each of the samples [counter, counter + size).
+
+        Returns:
+            For each: `epoch`, the pass its block begins in, or None if the block was never made; `index`, the
+            sample itself; `start`, the window's first token counted from the beginning of the stream.
+        """
+        found = []
+        for sample, start in enumerate(self._starts(counter, size), start=counter):
+            epoch = self.epoch(sample)
+            found.append({"epoch": None if epoch is None else int(epoch), "index": sample, "start": int(start)})
+        return found
+
+    def epoch(self, counter: int) -> float | None:
+        """Completed passes over the source where the block of this sample begins, None if it was never made."""
+        made, number = self._producer.store.made, counter // self.windows_per_block
+        return float(made[number].start.epoch) if number < len(made) else None
+
+    def describe(self) -> dict[str, int | None]:
+        """What was read so far."""
+        made, tokens = self._producer.store.made, self._producer.store.tokens
+        return {
+            "documents": sum(block.documents for block in made),
+            "bytes": sum(block.bytes for block in made),
+            "tokens": len(made) * (tokens - 1) + bool(made),
+            "sequence_length": self.sequence_length,
+            "windows_per_epoch": None,
+            "tokens_per_epoch": None,
+            "batches_per_epoch": None,
+            "windows_per_block": self.windows_per_block,
+        }
+
+    def release(self, counter: int) -> None:
+        """Allow everything to be deleted that only samples before `counter` need."""
+        self._producer.release(counter // self.windows_per_block)
+
+    def _starts(self, counter: int, size: int | None) -> np.ndarray:
+        """First token of each of the samples, counted from the beginning of the stream, int64."""
+        samples = np.arange(counter, counter + (self.batch_size if size is None else size), dtype=np.int64)
+        blocks = samples // self.windows_per_block
+        windows = blocks * self.windows_per_block
+        for number in np.unique(blocks):
+            chosen = samples[blocks == number] % self.windows_per_block
+            windows[blocks == number] += permute(chosen, self.windows_per_block, self.seed, int(number))
+        return windows * self.sequence_length
+
+    def _tokens(self, number: int) -> np.ndarray:
+        if self._block[0] != number:
+            self._block = (number, self._producer.block(number, self.while_waiting))
+        return self._block[1]
