@@ -4,12 +4,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow check format bench clean
+.PHONY: help demo test test-slow test-faults check format bench clean
 
 help:
 	@echo "make demo       train a small ternary model on generated stories (a few minutes)"
 	@echo "make test       run the tests"
 	@echo "make test-slow  run the tests that take minutes"
+	@echo "make test-faults  kill, fill, cut off and damage everything, and see that nothing is lost (minutes)"
 	@echo "make check      lint and types"
 	@echo "make format     format the code"
 	@echo "make bench      measure a training step against its full-precision twin"
@@ -29,10 +30,13 @@ demo: $(VENV)/.core
 	$(BIN)/ternlm demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not faults"
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+test-faults: $(VENV)/.dev
+	$(BIN)/python -m pytest -m faults tests/faults
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -133,12 +133,14 @@ def tiny_settings(tmp_path: Path, **sections: Any) -> RunSettings:
 
 def tiny_trainer(path: Path, prepared: Prepared, settings: RunSettings, resume_from: Path | None = None) -> Any:
     """A silent trainer of a run in `path`, which is made if it is not there."""
+    from ternlm.checkpoint import open_checkpoint
     from ternlm.run_directory import RunDirectory
     from ternlm.training.trainer import Trainer
 
     run = RunDirectory(path)
     run.ensure_writable()
-    return Trainer(settings, prepared.corpus, prepared.tokenizer, run, resume_from, quiet=True)
+    opened = None if resume_from is None else open_checkpoint(resume_from)
+    return Trainer(settings, prepared.corpus, prepared.tokenizer, run, opened, quiet=True)
 
 
 class Fault:

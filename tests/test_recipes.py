@@ -94,7 +94,7 @@ def test_yaml_and_json_say_the_same(tmp_path: Path) -> None:
     [
         (b"a: [1", "malformed"),
         (b"- 1\n- 2\n", "must hold sections"),
-        (b"\xff\xfe\x00", "cannot be read"),
+        (b"\xff\xfe\x00", "is malformed"),
         (b"!!python/object/apply:os.system ['true']", "malformed"),
         (b"", "must hold sections"),
     ],

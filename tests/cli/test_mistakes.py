@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ternlm import checkpoint
+from ternlm.checkpoint.manifest import seal
 from ternlm.tokenizers import train_bpe
 
 
@@ -167,6 +168,7 @@ def test_the_wrong_tokenizer_is_refused_everywhere(ternlm, trained: Path, texts:
         content = (tmp_path / "bpe" / name).read_bytes()
         (newest / name).write_bytes(content)
         manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    manifest["sha256"] = seal(manifest)
     (newest / "manifest.json").write_text(json.dumps(manifest))
     refused(ternlm("generate", "r@4", "-p", "x"), 3, "CheckpointError: ", "tokenizer")
 

@@ -42,20 +42,24 @@ def settings(folder: Path, **sections: dict[str, Any]) -> RunSettings:
             "keep_every": 1,
         },
         "schedule": {"name": "two_stage", "warmup_steps": 3},
-        "tracking": {"every_steps": 1, "tensorboard": False},
+        "tracking": {"every_steps": 1, "ternary_every_steps": 1, "tensorboard": False},
         "evaluation": {"every_steps": 4, "sample_every_steps": 5, "sample_tokens": 3, "prompts": ["The", "The"]},
     }
     merged = {name: base.get(name, {}) | sections.get(name, {}) for name in base | sections}
     return tiny_settings(folder, **merged)
 
 
+def given(prepared: Prepared) -> Callable[..., Prepared]:
+    return lambda settings, folder: prepared
+
+
 def start(run: RunDirectory, prepared: Prepared, resume_from: Path | None = None, **sections: Any) -> Progress:
     values = settings(run.path.parent.parent, **sections).model_dump(mode="json")
-    return launch.start(Resolved(values, {}), run, lambda _: prepared, resume_from, quiet=True)
+    return launch.start(Resolved(values, {}), run, given(prepared), resume_from, quiet=True)
 
 
 def resume(run: RunDirectory, prepared: Prepared, **overrides: Any) -> Progress:
-    return launch.resume(run, overrides, lambda _: prepared, quiet=True)
+    return launch.resume(run, overrides, given(prepared), quiet=True)
 
 
 def run_in(tmp_path: Path, name: str) -> RunDirectory:
@@ -67,13 +71,13 @@ def stop_at(patch: pytest.MonkeyPatch, step: int, how: str) -> None:
     """Let the process receive a signal, or die, after so many steps."""
     one_step = Trainer._one_step
 
-    def stopping(self: Trainer, clock: Any) -> None:
+    def stopping(self: Trainer) -> None:
         if self.progress.step == step:
             if how == "signal":
                 self.interruption.received = 2
             else:
                 raise KeyboardInterrupt
-        one_step(self, clock)
+        one_step(self)
 
     patch.setattr(Trainer, "_one_step", stopping)
 
@@ -94,7 +98,7 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
 
 def records(run: RunDirectory) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for file in (run.scalars, run.evaluations, run.samples):
+    for file in (run.scalars, run.ternary, run.evaluations, run.samples):
         found[file.name] = [without_times(row) for row in read_jsonl(file)]
         assert file.read_bytes().count(b"\n") == len(found[file.name])
     for file in (run.training_csv, run.evaluation_csv):
@@ -241,7 +245,9 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, prepared: Prep
     values = settings(tmp_path).model_dump(mode="json")
     values["model"]["intermediate_size"] = 48
     with pytest.raises(CheckpointError, match="shape"):
-        launch.start(Resolved(values, {}), run, lambda _: prepared, whole.checkpoints / "step_000009", quiet=True)
+        launch.start(
+            Resolved(values, {}), run, given(prepared), whole.checkpoints / "step_000009", quiet=True
+        )
 
 
 def test_an_existing_run_is_not_started_again(tmp_path: Path, prepared: Prepared) -> None:
@@ -257,7 +263,9 @@ def test_settings_and_their_origins_are_saved_with_the_run(tmp_path: Path, prepa
     run = run_in(tmp_path, "r")
     values = settings(tmp_path, training={"max_steps": 1}).model_dump(mode="json")
     values["model"]["vocab_size"] = None
-    launch.start(Resolved(values, {"training.max_steps": "command line"}), run, lambda _: prepared, quiet=True)
+    launch.start(
+        Resolved(values, {"training.max_steps": "command line"}), run, given(prepared), quiet=True
+    )
     assert json.loads(run.config_origin.read_text()) == {"training.max_steps": "command line"}
     saved = launch.read_mapping(run.config)
     assert saved["model"]["vocab_size"] == 256, "resolved, not as written"
@@ -280,6 +288,9 @@ def test_a_corpus_shorter_than_one_sequence_is_refused_before_anything_is_create
 
 def test_a_missing_validation_split_is_refused_before_anything_is_created(tmp_path: Path, prepared: Prepared) -> None:
     class NoValidation:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(prepared.corpus, name)
+
         def split(self, name: str) -> Any:
             from ternlm.errors import DataError
 
@@ -291,7 +302,7 @@ def test_a_missing_validation_split_is_refused_before_anything_is_created(tmp_pa
     values = settings(tmp_path).model_dump(mode="json")
     fake: Any = NoValidation()
     with pytest.raises(EnvironmentFault, match="validation"):
-        launch.start(Resolved(values, {}), run, lambda _: Prepared(fake, prepared.tokenizer), quiet=True)
+        launch.start(Resolved(values, {}), run, given(Prepared(fake, prepared.tokenizer)), quiet=True)
     assert not run.path.exists()
 
 
@@ -302,7 +313,7 @@ def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_before_anything_is_
     values = settings(tmp_path).model_dump(mode="json")
     values["model"]["vocab_size"] = 200
     with pytest.raises(TokenizerError, match=r"256 ids.*200"):
-        launch.start(Resolved(values, {}), run, lambda _: prepared, quiet=True)
+        launch.start(Resolved(values, {}), run, given(prepared), quiet=True)
     assert not run.path.exists()
 
 

@@ -1,8 +1,10 @@
 """The loop: what it logs is what it used, what it only looks at it does not change, and it ends by saving."""
 
+import collections
 import csv
 import math
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,7 +17,7 @@ import torch
 from builders import TRAIN, Fault, tiny_corpus, tiny_settings, tiny_trainer
 from ternlm import checkpoint, tracking
 from ternlm.data.preparation import Prepared
-from ternlm.errors import CheckpointError, Diverged, Interrupted, MemoryExhausted, Preempted, TernlmError
+from ternlm.errors import CheckpointError, Diverged, Interrupted, MemoryExhausted, Preempted, StorageFault, TernlmError
 from ternlm.run_directory import RunDirectory, read_jsonl
 from ternlm.tracking import Tracker
 from ternlm.training import trainer as module
@@ -61,9 +63,9 @@ def spy(trainer: Trainer, before: Callable[[int], None]) -> None:
     """Call `before(k)` right before update k, with everything set for it."""
     stepper = trainer.stepper
 
-    def step(batch: Any) -> Any:
+    def step(batch: Any, judge: Any) -> Any:
         before(trainer.progress.step)
-        return stepper(batch)
+        return stepper(batch, judge)
 
     step.__dict__.update(micro_batch_size=stepper.micro_batch_size, scaler=stepper.scaler)
     trainer.stepper = step  # type: ignore[assignment]
@@ -128,7 +130,7 @@ TRAIN_ROW = {
     "step": int, "tokens_seen": int, "wall_s": float, "time": float, "train/loss": float, "train/perplexity": float,
     "train/bpb": float, "train/learning_rate": float, "train/weight_decay": float, "train/grad_norm": float,
     "train/epoch": float, "train/stage": int, "perf/tokens_per_sec": float, "perf/step_time_ms": float,
-    "perf/data_time_ms": float, "perf/peak_memory_mb": float, "eta_s": float,
+    "perf/data_time_ms": float, "perf/mfu": float, "perf/peak_memory_mb": float, "eta_s": float,
 }  # fmt: skip
 
 
@@ -149,7 +151,8 @@ def test_l07_every_row_of_a_file_has_one_schema_with_units_in_the_names(make: Ma
         assert row["val/perplexity"] == pytest.approx(math.exp(row["val/loss"]))
         assert row["n_bytes"] > 0
     samples = read_jsonl(run.samples)
-    assert [row["step"] for row in samples] == [3, 6]
+    assert [row["step"] for row in samples] == [3, 3, 3, 6, 6, 6]
+    assert [row["mode"] for row in samples] == ["greedy", "typical", "stress"] * 2
     assert all({"prompt", "generated_text", "generated_ids", "seed"} <= row.keys() for row in samples)
 
 
@@ -272,7 +275,7 @@ def test_l10_a_tracker_that_fails_is_switched_off_and_training_goes_on(
 ) -> None:
     whole = make("whole")
     whole.run()
-    monkeypatch.setitem(tracking.TRACKERS, "broken", lambda run, settings, step: Broken(good_rows))
+    monkeypatch.setitem(tracking.TRACKERS, "broken", lambda recorded: Broken(good_rows))
     trainer = make()
     assert trainer.run().step == 6
     assert same(weights(trainer), weights(whole))
@@ -316,12 +319,16 @@ def test_t18_a_bad_step_is_logged_skipped_and_training_goes_on(make: Make) -> No
     spy(trainer, lambda k: seen.append(weights(trainer)))
     assert trainer.run().step == 6
     assert [same(a, b) for a, b in pairwise(seen)] == [False, False, True, False, False]
-    assert "step is skipped" in trainer.run_directory.log.read_text()
-    assert math.isnan(rows(trainer)[2]["train/grad_norm"])
+    assert "update is skipped" in trainer.run_directory.log.read_text()
+    assert rows(trainer)[2]["train/grad_norm"] is None, "JSON has no word for NaN"
+    (event,) = read_jsonl(trainer.run_directory.events)
+    assert (event["event"], event["action"], event["step"]) == ("nan_inf_grad", "skip", 2)
+    (evidence,) = trainer.run_directory.anomalies.iterdir()
+    assert evidence.name == "step_000002_nan_inf_grad"
 
 
 def test_t18_three_bad_steps_in_a_row_end_the_run_with_the_last_good_checkpoint(make: Make) -> None:
-    trainer = make(training={"checkpoint_every_steps": 2})
+    trainer = make(training={"checkpoint_every_steps": 2}, anomaly={"action": "stop"})
     poison(trainer, {3, 4, 5})
     with pytest.raises(Diverged) as caught:
         trainer.run()
@@ -422,15 +429,14 @@ def test_l11_a_disk_error_at_any_operation_of_a_save_is_typed_and_keeps_a_good_c
     root = trainer.run_directory.checkpoints
     failures = 0
     for n in range(1, 300):
+        trainer._failed_saves = 0
         trainer.progress.step += 1
         trainer.progress.last_evaluation = {"step": trainer.progress.step, "loss": -float(n), "bpb": 1.0}
         with monkeypatch.context() as patch:
             fault = Fault(patch.setattr, n, sticks)
-            try:
-                trainer.save()
-            except TernlmError as error:
-                failures += 1
-                assert error.exit_code == 3
+            trainer.save()
+            trainer._await_writer()
+        failures += trainer._failed_saves
         if not fault.met:
             break
         assert checkpoint.newest_valid(root).name >= "step_000006"
@@ -438,6 +444,24 @@ def test_l11_a_disk_error_at_any_operation_of_a_save_is_typed_and_keeps_a_good_c
         pytest.fail("the save never ended")
     assert failures > 10
     checkpoint.load(checkpoint.newest_valid(root))
+
+
+def test_l11_two_checkpoints_in_a_row_that_cannot_be_written_end_the_run(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make(training={"checkpoint_every_steps": 2, "max_steps": 20})
+    trainer.writer.asynchronous = False
+    free = collections.namedtuple("usage", "total used free")
+    full = {"is_full": False}
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free(1, 1, 0) if full["is_full"] else usage(path))
+    spy(trainer, lambda k: full.update(is_full=k >= 7 or k == 3))  # one failure alone is survived
+    with pytest.raises(StorageFault, match="free disk space") as caught:
+        trainer.run()
+    assert caught.value.exit_code == 3
+    assert trainer.progress.step == 10
+    checkpoint.load(checkpoint.newest_valid(trainer.run_directory.checkpoints))
+    assert [row["event"] for row in read_jsonl(trainer.run_directory.events)] == ["disk_low"] * 3
 
 
 @pytest.mark.parametrize("state", [{}, {"progress": 3}, {"progress": {"nonsense": 1}, "loss_scale": {}}])
@@ -465,7 +489,10 @@ def test_the_run_folder_holds_what_is_documented_and_nothing_else(make: Make) ->
     files = {str(path.relative_to(run.path)) for path in run.path.rglob("*") if path.is_file()}
     outside = {name for name in files if not name.startswith("checkpoints/")}
     assert outside == {
+        "status.json",
         "metrics/scalars.jsonl",
+        "metrics/ternary.jsonl",
+        "metrics/system.jsonl",
         "eval/eval_results.jsonl",
         "samples/samples.jsonl",
         "logs/train.log",

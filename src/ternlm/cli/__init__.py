@@ -17,6 +17,8 @@ from ternlm.cli import (
     plan,
     recipes,
     resume,
+    runs,
+    status,
     tokenizer,
     train,
 )
@@ -71,6 +73,9 @@ _START, _MODEL, _DATA, _MACHINE = "Start", "Use a model", "Data", "This machine"
 app.command("demo", rich_help_panel=_START)(demo.demo)
 app.command("train", rich_help_panel=_START)(train.train)
 app.command("resume", rich_help_panel=_START)(resume.resume)
+app.command("status", rich_help_panel=_START)(status.status)
+app.command("watch", hidden=True)(status.watch)
+app.command("runs", rich_help_panel=_START)(runs.runs)
 app.command("plan", rich_help_panel=_START)(plan.plan)
 app.command("recipes", rich_help_panel=_START)(recipes.recipes)
 app.command("presets", hidden=True)(recipes.recipes)

@@ -96,7 +96,9 @@ def _print(prepared: "Prepared", sequence_length: int, as_json: bool) -> None:
     from rich.table import Table
 
     from ternlm.data import statistics
+    from ternlm.data.corpus import Corpus
 
+    assert isinstance(prepared.corpus, Corpus)  # only runs stream
     counted = statistics(prepared.corpus, sequence_length)
     if as_json:
         print_json(counted)

@@ -27,7 +27,7 @@ def demo(
     from ternlm.data.stories import entropy_floor
     from ternlm.device import choose_device, set_up
     from ternlm.run_directory import RunDirectory, new_run_id, runs_root
-    from ternlm.training import launch
+    from ternlm.training import launch, provenance
     from ternlm.training.trainer import Trainer
 
     flags = {"training.max_steps": steps, "training.seed": seed, "training.device": device}
@@ -45,9 +45,10 @@ def demo(
     )
     run = RunDirectory(runs_root(runs_dir) / new_run_id("demo"))
     run.create()
-    with run.locked():
-        launch.write_config(run, settings, resolved.origins)
-        trainer = Trainer(settings, prepared.corpus, prepared.tokenizer, run)
+    with launch.begun(run, settings, resolved.origins) as status:
+        trainer = Trainer(settings, prepared.corpus, prepared.tokenizer, run, status=status)
+        provenance.record(run, settings, 0)
+        provenance.record_data(run, prepared.corpus)
         counts = trainer.model.parameter_counts()
         typer.echo(
             f"2 model     transformer with {counts.ternary:,} ternary weights and {counts.embedding + counts.other:,} "

@@ -8,6 +8,8 @@ import typer
 from ternlm.errors import Interrupted, SettingsError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ternlm.data.preparation import Prepared
     from ternlm.data.settings import DataSettings
     from ternlm.settings.resolve import Resolved
@@ -75,15 +77,21 @@ def split_recipe(words: list[str] | None) -> tuple[str | None, list[str]]:
     return (recipes[0] if recipes else None), [word for word in words or [] if "=" in word]
 
 
-def prepare_with_bar(data: "DataSettings", tokenizer: "TokenizerSettings") -> "Prepared":
-    """Prepare a corpus with a progress line; Ctrl-C and SIGTERM keep what is done."""
+def prepare_with_bar(data: "DataSettings", tokenizer: "TokenizerSettings", folder: "Path | None" = None) -> "Prepared":
+    """Prepare a corpus with a progress line; Ctrl-C and SIGTERM keep what is done.
+
+    Args:
+        data, tokenizer: What is prepared.
+        folder: Where a streamed corpus keeps its blocks.
+    """
     from ternlm.data.preparation import prepare_data
     from ternlm.training.interruption import Interruption
 
     interruption, line = Interruption(), ProgressLine()
     with interruption.watched():
         try:
-            return prepare_data(data, tokenizer, line.progress, lambda: interruption.received is not None, line.say)
+            stopped = lambda: interruption.received is not None  # noqa: E731
+            return prepare_data(data, tokenizer, line.progress, stopped, line.say, folder)
         except Interrupted as error:
             raise interruption.error(str(error)) from None
         finally:

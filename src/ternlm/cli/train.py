@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ternlm.cli.options import RecipeAndSettings, RunsDir, prepare_with_bar, resolve_recipe, split_recipe
-from ternlm.errors import SettingsError
+from ternlm.errors import SettingsError, TernlmError
 
 if TYPE_CHECKING:
     from ternlm.data.preparation import Prepared
@@ -32,6 +32,7 @@ def train(
     runs_dir: RunsDir = None,
     resume_from: Annotated[str | None, typer.Option(help="Start from this checkpoint of another run.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan (as ternlm plan).")] = False,
+    preflight: Annotated[bool, typer.Option("--preflight", help="Ten steps with everything on, then check.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing while training.")] = False,
 ) -> None:  # fmt: skip
     """Train a model.
@@ -66,6 +67,9 @@ def train(
         resolved = _on_top_of_checkpoint(source, name, flags, assignments)
     else:
         source, resolved = None, resolve_recipe(_required(name), flags, assignments)
+    if preflight:
+        show_preflight(resolved, runs, quiet)
+        return
     label = Path(name).stem if name else "continued"
     run = RunDirectory(runs / check_run_id(run_id or new_run_id(label)))
     start_training(resolved, run, source, quiet)
@@ -80,9 +84,36 @@ def start_training(resolved: "Resolved", run: "RunDirectory", source: Path | Non
         typer.echo(f"next: ternlm generate {run.path} --prompt '...'   |   ternlm evaluate {run.path}")
 
 
-def prepare_run(settings: "RunSettings") -> "Prepared":
-    """The data of a run, prepared with a progress line."""
-    return prepare_with_bar(settings.data, settings.tokenizer)
+def prepare_run(settings: "RunSettings", folder: Path) -> "Prepared":
+    """The data of a run, prepared with a progress line; streamed ones keep their blocks in the folder."""
+    return prepare_with_bar(settings.data, settings.tokenizer, folder)
+
+
+def show_preflight(resolved: "Resolved", runs: Path, quiet: bool) -> None:
+    """Run the preflight in a folder beside the runs, print its table, and leave nothing behind unless it failed."""
+    import shutil
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from ternlm.run_directory import RunDirectory, new_run_id
+    from ternlm.training.preflight import STEPS, preflight
+
+    run = RunDirectory(runs / f".{new_run_id('preflight')}")
+    try:
+        checks = preflight(resolved, run, prepare_run, quiet)
+    except TernlmError:
+        typer.echo(f"preflight failed; what it wrote is in {run.path}", err=True)
+        raise
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for check in checks:
+        table.add_row("pass" if check.passed else "FAIL", check.name, check.detail)
+    Console(highlight=False).print(table)
+    failed = [check.name for check in checks if not check.passed]
+    if failed:
+        raise TernlmError(f"preflight: {', '.join(failed)} failed; everything it wrote is in {run.path}")
+    shutil.rmtree(run.path, ignore_errors=True)
+    typer.echo(f"preflight passed: {STEPS} steps, a resume, and {len(checks)} checks; its run folder is deleted.")
 
 
 def _required(recipe: str | None) -> str:

@@ -1,14 +1,14 @@
 """From settings to a trained run: starting one, resuming one, and branching one from a checkpoint."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from ternlm import checkpoint
-from ternlm.data.loader import require_one_window
+from ternlm.checkpoint import Opened
 from ternlm.data.preparation import Prepared
 from ternlm.device import choose_device, set_up
 from ternlm.errors import CheckpointError, SettingsError, TokenizerError
@@ -16,13 +16,16 @@ from ternlm.files import replace_durably, to_json
 from ternlm.models import build_model
 from ternlm.run_directory import RunDirectory
 from ternlm.settings.resolve import Layer, Resolved, read_mapping, resolve
-from ternlm.tokenizers import load_tokenizer
+from ternlm.training import provenance, roll_back
+from ternlm.training.progress import Progress
 from ternlm.training.schedule import Schedule
 from ternlm.training.settings import RunSettings, setting_names
-from ternlm.training.trainer import Progress, Trainer
+from ternlm.training.sitting import sitting
+from ternlm.training.status import StatusFile
+from ternlm.training.trainer import Trainer
 
-Prepare = Callable[[RunSettings], Prepared]
-"""Gives the prepared data of a run; the command line shows a progress bar while it works."""
+Prepare = Callable[[RunSettings, Path], Prepared]
+"""Gives the data of a run, streamed ones through the folder; the command line shows a progress bar meanwhile."""
 
 _FREE_ON_RESUME = {
     "training": {"max_steps", "max_tokens", "max_epochs", "max_time", "micro_batch_size",
@@ -59,22 +62,35 @@ def start(
     """
     settings = settings_from(resolved)
     _set_up(settings)
-    prepared = prepare(settings)
-    settings = with_vocab_size(settings, prepared)
-    if resume_from is not None:
-        _require_same_tokenizer(resume_from, prepared)
-    require_one_window(prepared.corpus.split("train"), settings.data.sequence_length)
-    prepared.corpus.split("validation")  # missing, it would stop the run at its first evaluation
-    with torch.device("meta"):
-        build_model(settings.model, settings.quantization)  # shapes that do not fit fail here
-    run.create()
+    source = checkpoint.open_checkpoint(resume_from) if resume_from is not None else None
+    prepared = prepare(settings, run.stream)
+    try:
+        settings = with_vocab_size(settings, prepared)
+        if source is not None:
+            _require_same_tokenizer(source, prepared)
+        _require_trainable(settings, prepared)
+        run.create()
+        with begun(run, settings, resolved.origins) as status:
+            trainer = Trainer(settings, prepared.corpus, prepared.tokenizer, run, source, quiet, status)
+            provenance.record(run, settings, trainer.progress.step)
+            provenance.record_data(run, prepared.corpus)
+            _say_start(trainer, source)
+            if source is not None:
+                trainer.save()  # killed before its own first checkpoint, the branch must not restart from nothing
+                trainer.writer.wait()
+            return trainer.run()
+    finally:
+        prepared.corpus.close()
+
+
+@contextmanager
+def begun(run: RunDirectory, settings: RunSettings, origins: Mapping[str, str]) -> Iterator[StatusFile]:
+    """A new run's folder, held and with its settings written, and the end of the block recorded in it."""
     with run.locked():
-        write_config(run, settings, resolved.origins)
-        trainer = Trainer(settings, prepared.corpus, prepared.tokenizer, run, resume_from, quiet)
-        _say_start(trainer, resume_from)
-        if resume_from is not None:
-            trainer.save()  # killed before its own first checkpoint, the branch must not restart from nothing
-        return trainer.run()
+        status = StatusFile(run, print)
+        _write_settings(run, settings, origins)
+        with sitting(run, status):
+            yield status
 
 
 def resume(run: RunDirectory, overrides: Mapping[str, Any], prepare: Prepare, quiet: bool = False) -> Progress:
@@ -93,30 +109,36 @@ def resume(run: RunDirectory, overrides: Mapping[str, Any], prepare: Prepare, qu
     names = setting_names()
     _refuse_other_changes(overrides, names.canonical)
     saved = Layer("run", read_mapping(run.config))
-    resolved = resolve([saved, Layer("command line", overrides)], names)
-    settings = settings_from(resolved)
+    settings = settings_from(resolve([saved, Layer("command line", overrides)], names))
     _set_up(settings)
     run.ensure_writable()
     with run.locked():
         checkpoint.remove_unfinished(run.checkpoints)
-        first = _newest_or_none(run)
-        prepared = prepare(settings)
-        settings = with_vocab_size(settings, prepared)
-        if first is not None:
-            _require_same_tokenizer(first, prepared)
-            _require_same_data(first, prepared)
-        trainer = Trainer(settings, prepared.corpus, prepared.tokenizer, run, first, quiet)
-        if trainer.progress.step >= trainer.total_steps and trainer.is_evaluated():
-            trainer.console.say(
-                f"run '{run.id}' is complete at step {trainer.progress.step}. To train longer: "
-                f"ternlm resume {run.path} --steps {2 * trainer.progress.step}"
-            )
-            trainer.trackers.close()
-            return trainer.progress
-        run.cut_after(trainer.progress.step)
-        _say_moved_schedule(trainer, RunSettings.from_mapping(saved.values))
-        _say_start(trainer, first)
-        return trainer.run()
+        roll_back.settle(run.checkpoints)
+        first = checkpoint.open_newest(run.checkpoints, print) if checkpoint.steps(run.checkpoints) else None
+        prepared = prepare(settings, run.stream)
+        try:
+            settings = with_vocab_size(settings, prepared)
+            if first is not None:
+                _require_same_tokenizer(first, prepared)
+                _require_same_data(first, prepared)
+            status = StatusFile(run, print)
+            trainer = Trainer(settings, prepared.corpus, prepared.tokenizer, run, first, quiet, status)
+            if trainer.progress.step >= trainer.total_steps and trainer.is_evaluated():
+                _say_complete(trainer)
+                return trainer.progress
+            with sitting(run, status):
+                provenance.record(run, settings, trainer.progress.step)
+                provenance.record_data(run, prepared.corpus)
+                run.cut_after(trainer.progress.step)
+                if overrides:
+                    changed = {names.canonical(name): "command line, on resuming" for name in overrides}
+                    _write_settings(run, settings, read_mapping(run.config_origin) | changed)
+                _say_moved_schedule(trainer, RunSettings.from_mapping(saved.values))
+                _say_start(trainer, first)
+                return trainer.run()
+        finally:
+            prepared.corpus.close()
 
 
 def with_vocab_size(settings: RunSettings, prepared: Prepared) -> RunSettings:
@@ -142,32 +164,31 @@ def _set_up(settings: RunSettings) -> None:
     set_up(choose_device(training.device), training.threads, training.deterministic)
 
 
-def write_config(run: RunDirectory, settings: RunSettings, origins: Mapping[str, str]) -> None:
-    text = yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False)
-    replace_durably(run.config, text.encode())
+def _write_settings(run: RunDirectory, settings: RunSettings, origins: Mapping[str, str]) -> None:
+    replace_durably(run.config, to_json(settings.model_dump(mode="json")))
     replace_durably(run.config_origin, to_json(dict(origins)))
 
 
-def _newest_or_none(run: RunDirectory) -> Path | None:
-    """The newest valid checkpoint; None for a run that was stopped before its first one."""
-    if not checkpoint.steps(run.checkpoints):
-        return None
-    return checkpoint.newest_valid(run.checkpoints, print)
+def _require_trainable(settings: RunSettings, prepared: Prepared) -> None:
+    """Find what would stop the run, before anything is created."""
+    prepared.corpus.loader(1, settings.data.sequence_length, 0, prepared.tokenizer.bos_id)
+    prepared.corpus.split("validation")  # missing, it would stop the run at its first evaluation
+    with torch.device("meta"):
+        build_model(settings.model, settings.quantization)  # shapes that do not fit fail here
 
 
-def _require_same_tokenizer(path: Path, prepared: Prepared) -> None:
-    if load_tokenizer(path).fingerprint != prepared.tokenizer.fingerprint:
+def _require_same_tokenizer(opened: Opened, prepared: Prepared) -> None:
+    if opened.state.get("tokenizer_fingerprint") != prepared.tokenizer.fingerprint:
         raise TokenizerError(
-            f"checkpoint '{path}' was trained with another tokenizer than '{prepared.tokenizer.name}'. "
-            f"Use the one saved with it: tokenizer.name={path}"
+            f"checkpoint '{opened.path}' was trained with another tokenizer than '{prepared.tokenizer.name}'. "
+            f"Use the one saved with it: tokenizer.name={opened.path}"
         )
 
 
-def _require_same_data(path: Path, prepared: Prepared) -> None:
-    state = checkpoint.read_training_state(path)[2]
-    if state.get("data_fingerprint") != prepared.corpus.fingerprint:
+def _require_same_data(opened: Opened, prepared: Prepared) -> None:
+    if opened.state.get("data_fingerprint") != prepared.corpus.fingerprint:
         raise CheckpointError(
-            f"the prepared data in '{prepared.corpus.directory}' are not what '{path}' was trained on. "
+            f"the data in '{prepared.corpus.directory}' are not what '{opened.path}' was trained on. "
             "Restore the source files, or start a new run with: ternlm train --resume-from CHECKPOINT --run-id NEW"
         )
 
@@ -190,26 +211,37 @@ def _say_moved_schedule(trainer: Trainer, before: RunSettings) -> None:
     optimizer, k = before.optimizer, trainer.progress.step
     old = Schedule(before.schedule, optimizer.learning_rate, optimizer.weight_decay, old_steps)
     then = old.learning_rate(min(k, old_steps - 1))
-    trainer.console.say(
+    trainer.recorder.say(
         f"the run now ends at step {trainer.total_steps} instead of {old_steps}: "
         f"learning rate {then:.3g} -> {trainer.schedule.learning_rate(k):.3g} at step {k}"
     )
 
 
-def _say_start(trainer: Trainer, first: Path | None) -> None:
+def _say_complete(trainer: Trainer) -> None:
+    step, run = trainer.progress.step, trainer.run_directory
+    trainer.recorder.say(
+        f"run '{run.id}' is complete at step {step}. To train longer: ternlm resume {run.path} --steps {2 * step}"
+    )
+    trainer.recorder.close()
+
+
+def _say_start(trainer: Trainer, first: Opened | None) -> None:
     settings, counts = trainer.settings, trainer.model.parameter_counts()
     kind = {"ternary": "ternary", "int8": "8-bit", "none": "full-precision"}[settings.quantization.weights]
-    data = trainer.loader.describe()
-    epochs = trainer.total_steps * settings.training.batch_size / data["windows_per_epoch"]
-    say = trainer.console.say
+    say = trainer.recorder.say
     if first is not None:
-        say(f"continuing from {first} (step {trainer.progress.step})")
+        say(f"continuing from {first.path} (step {trainer.progress.step})")
     say(
         f"run {trainer.run_directory.path}: {settings.model.family}, {counts.total:,} parameters "
         f"({counts.ternary:,} {kind}), {trainer.device}, {str(trainer.model.compute_dtype).removeprefix('torch.')}"
     )
+    steps = f"{trainer.total_steps} steps x {settings.training.batch_size} x {settings.data.sequence_length} tokens"
+    windows = trainer.loader.windows_per_epoch
+    if windows is None:
+        say(f"data '{settings.data.source}', streamed ({trainer.tokenizer.name}); {steps}")
+        return
+    tokens, epochs = trainer.loader.describe()["tokens"], trainer.total_steps * settings.training.batch_size / windows
     say(
-        f"data '{settings.data.source}': {data['tokens']:,} training tokens ({trainer.tokenizer.name}); "
-        f"{trainer.total_steps} steps x {settings.training.batch_size} x {settings.data.sequence_length} tokens "
+        f"data '{settings.data.source}': {tokens:,} training tokens ({trainer.tokenizer.name}); {steps} "
         f"= {epochs:.2f} epochs"
     )

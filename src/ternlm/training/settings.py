@@ -13,6 +13,7 @@ from ternlm.settings import Count, Float, Seconds, Settings
 from ternlm.settings.resolve import Names
 from ternlm.tokenizers import TokenizerSettings
 from ternlm.tracking import TrackingSettings
+from ternlm.training.anomaly_settings import AnomalySettings
 from ternlm.training.objective import ObjectiveSettings
 from ternlm.training.optimizer import OptimizerSettings
 from ternlm.training.schedule import ScheduleSettings
@@ -99,6 +100,7 @@ class RunSettings(Settings):
     training: TrainingSettings = TrainingSettings()
     tracking: TrackingSettings = TrackingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    anomaly: AnomalySettings = AnomalySettings()
 
     @field_validator("model", mode="before")
     @classmethod
@@ -173,6 +175,7 @@ ALIASES = {
     "lr": "optimizer.learning_rate", "peak_lr": "optimizer.learning_rate",
     "scheduler": "schedule.name",
     "eval_interval": "evaluation.every_steps", "sample_interval": "evaluation.sample_every_steps",
+    "wandb_mode": "tracking.wandb", "wandb_run_name": "tracking.wandb_name",
     "log_interval": "tracking.every_steps", "logging_steps": "tracking.every_steps",
 }  # fmt: skip
 """Other spellings of settings, as users of other trainers write them."""

@@ -1,5 +1,6 @@
-"""One optimizer step: micro-batches, gradients, the non-finite check, clipping, and the update."""
+"""One optimizer step: micro-batches, gradients, the question whether to use them, clipping, and the update."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,15 +9,9 @@ from torch import Tensor
 
 from ternlm.data.batch import Batch
 from ternlm.device import is_out_of_memory
-from ternlm.errors import Diverged, MemoryExhausted
+from ternlm.errors import MemoryExhausted
 from ternlm.models import LanguageModel
 from ternlm.training.objective import ObjectiveSettings, loss_sums
-
-MOST_SKIPPED_IN_A_ROW = 3
-LOWER_RATE = (
-    "The last checkpoint is good. Start from it with a lower rate: "
-    "ternlm train --resume-from RUN --run-id NEW optimizer.learning_rate=..."
-)
 
 
 class StepResult(NamedTuple):
@@ -26,20 +21,30 @@ class StepResult(NamedTuple):
         loss: Nats per target, without auxiliary terms.
         grad_norm: Norm of the gradient before clipping.
         targets: Targets in the batch.
-        skipped: The gradient was not finite and nothing was updated.
+        skipped: Nothing was updated.
     """
 
     loss: float
     grad_norm: float
     targets: int
-    skipped: bool
+    skipped: bool = False
+
+
+Judge = Callable[[StepResult], bool]
+"""Says whether a gradient may be used; called while it is still there to be looked at."""
+
+
+def is_finite(result: StepResult) -> bool:
+    """The least that any judge asks for."""
+    return math.isfinite(result.loss) and math.isfinite(result.grad_norm)
 
 
 class Stepper:
     """Turns a batch into an update.
 
     The gradient is that of the sum of nats over the whole batch divided by its number of targets,
-    however it is cut into micro-batches. A non-finite loss or gradient never reaches the optimizer.
+    however it is cut into micro-batches. A non-finite loss or gradient never reaches the optimizer, whatever
+    the judge says.
 
     Args:
         model: Its parameters are updated.
@@ -48,7 +53,7 @@ class Stepper:
         grad_clip: Largest gradient norm; 0 switches clipping off.
         micro_batch_size: Rows per forward pass.
         shrink: Halve `micro_batch_size` when memory runs out, and try the batch again.
-        warn: Called with one sentence when that happens, or when a step is skipped.
+        warn: Called with one sentence when that happens.
     """
 
     def __init__(
@@ -68,33 +73,35 @@ class Stepper:
             shrink,
             warn,
         )
-        self.skipped_in_a_row = 0
         self._parameters = list(model.parameters())
         # Only float16 gradients underflow; the scaler is off, and free, in every other precision.
         device = self._parameters[0].device.type
         self.scaler = torch.amp.GradScaler(device, enabled=model.compute_dtype == torch.float16)
 
-    def __call__(self, batch: Batch) -> StepResult:
+    def __call__(self, batch: Batch, judge: Judge = is_finite) -> StepResult:
         """Run one step.
 
+        Args:
+            batch: The whole batch of the step.
+            judge: Not asked while a loss scaler is still searching for its scale, where overflow is expected.
+
         Raises:
-            Diverged: The gradient was not finite several times in a row.
             MemoryExhausted: A single row does not fit.
         """
         nll = self._backward_within_memory(batch)
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        loss, grad_norm = (nll / batch.num_targets).item(), norm.item()
-        is_finite = bool(torch.isfinite(torch.tensor([loss, grad_norm])).all())
-        if is_finite:
-            self._update(norm, grad_norm)
+        result = StepResult((nll / batch.num_targets).item(), norm.item(), batch.num_targets)
+        usable = is_finite(result)
+        if usable or not self._searching_scale():
+            usable = judge(result) and usable
+        if usable:
+            self._update(norm, result.grad_norm)
         elif self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)  # skips by itself
-            self.scaler.update()
+            self.scaler.update()  # lowers the scale if the gradient overflowed
         self.optimizer.zero_grad(set_to_none=True)
-        self._count_skipped(is_finite, loss, grad_norm)
-        return StepResult(loss, grad_norm, batch.num_targets, not is_finite)
+        return result._replace(skipped=not usable)
 
     def _update(self, norm: Tensor, grad_norm: float) -> None:
         if self.grad_clip and grad_norm > self.grad_clip:
@@ -138,13 +145,5 @@ class Stepper:
         self.micro_batch_size = rows // 2
         self.warn(f"out of memory: going on with training.micro_batch_size={self.micro_batch_size}.")
 
-    def _count_skipped(self, is_finite: bool, loss: float, grad_norm: float) -> None:
-        if is_finite:
-            self.skipped_in_a_row = 0
-            return
-        self.skipped_in_a_row += 1
-        if self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0:
-            return  # the scaler is still searching for its scale
-        self.warn(f"loss {loss:.4g}, gradient norm {grad_norm:.4g}: not finite, the step is skipped.")
-        if self.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
-            raise Diverged(f"loss or gradient was not finite {self.skipped_in_a_row} times in a row. {LOWER_RATE}")
+    def _searching_scale(self) -> bool:
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1.0

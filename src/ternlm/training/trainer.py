@@ -2,52 +2,47 @@
 
 import math
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
 
 from ternlm import checkpoint
+from ternlm.checkpoint import Opened
+from ternlm.data.batch import Batch
 from ternlm.data.corpus import Corpus
-from ternlm.data.loader import Loader
-from ternlm.device import choose_device, choose_dtype, peak_memory_mb
-from ternlm.errors import CheckpointError, Diverged, Interrupted, Preempted, SettingsError, TernlmError
+from ternlm.data.stream import StreamedCorpus
+from ternlm.data.stream_loader import StreamLoader
+from ternlm.device import choose_device, choose_dtype
+from ternlm.errors import CheckpointError, Diverged, Interrupted, Preempted, SettingsError, StorageFault, TernlmError
 from ternlm.evaluation.evaluate import EvaluationResult, evaluate, require_fitting
-from ternlm.generation import SamplingSettings, generate
+from ternlm.evaluation.samples import sample_modes
+from ternlm.evaluation.ternary import TernaryStatistics
 from ternlm.models import LanguageModel, build_model
 from ternlm.run_directory import RunDirectory
 from ternlm.tokenizers import Tokenizer
-from ternlm.tracking import Trackers, build_trackers
-from ternlm.tracking.console import ConsoleTracker, short_duration
-from ternlm.training.clock import Clock
+from ternlm.tracking.console import short_duration
+from ternlm.training import evidence, roll_back
+from ternlm.training.anomaly import Detector, Event
 from ternlm.training.compilation import compile_blocks
 from ternlm.training.interruption import Interruption
 from ternlm.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_rates
+from ternlm.training.progress import Progress
+from ternlm.training.recorder import Recorder
 from ternlm.training.schedule import Schedule
 from ternlm.training.settings import RunSettings
-from ternlm.training.step import LOWER_RATE, Stepper, StepResult
+from ternlm.training.status import StatusFile
+from ternlm.training.step import Stepper, StepResult
 
+MOST_FAILED_SAVES = 2
+FLAT_TREND = 0.02
+"""Nats per 1000 steps below which a loss counts as flat."""
 
-@dataclass
-class Progress:
-    """Where a run is: everything that is neither weights nor settings, and all JSON.
-
-    Attributes:
-        step: Completed optimizer steps.
-        samples: Sequences drawn so far: the whole state of the data.
-        tokens: Targets trained on so far.
-        elapsed_s: Seconds of training so far, over all sittings.
-        best_loss: Lowest validation loss of a saved checkpoint.
-        last_evaluation: Step and loss of the latest evaluation.
-    """
-
-    step: int = 0
-    samples: int = 0
-    tokens: int = 0
-    elapsed_s: float = 0.0
-    best_loss: float | None = None
-    last_evaluation: dict[str, Any] = field(default_factory=dict)
+LOWER_RATE = (
+    "The last checkpoint is good. Start from it with a lower rate: "
+    "ternlm train --resume-from RUN --run-id NEW optimizer.learning_rate=..."
+)
 
 
 class Trainer:
@@ -55,21 +50,23 @@ class Trainer:
 
     Args:
         settings: Resolved settings, with the model's vocabulary size filled in.
-        corpus: Prepared data.
+        corpus: Prepared or streamed data.
         tokenizer: The one the data was prepared with.
         run: Where everything is written; created by the caller.
         resume_from: A checkpoint to continue, or None to start.
         quiet: Show nothing on the console.
+        status: The run's status file, if the caller already has it.
     """
 
     def __init__(
         self,
         settings: RunSettings,
-        corpus: Corpus,
+        corpus: Corpus | StreamedCorpus,
         tokenizer: Tokenizer,
         run: RunDirectory,
-        resume_from: Path | None = None,
+        resume_from: Opened | None = None,
         quiet: bool = False,
+        status: StatusFile | None = None,
     ) -> None:
         self.settings, self.corpus, self.tokenizer, self.run_directory = settings, corpus, tokenizer, run
         training = settings.training
@@ -77,83 +74,105 @@ class Trainer:
         self.model = self._build_model()
         require_fitting(self.model, tokenizer)
         self.optimizer = build_optimizer(self.model, settings.optimizer)
-        self.loader = Loader(
-            corpus.split("train"), training.batch_size, settings.data.sequence_length, training.seed,
-            tokenizer.bos_id, self.device,
-        )  # fmt: skip
+        self.loader = corpus.loader(
+            training.batch_size, settings.data.sequence_length, training.seed, tokenizer.bos_id, self.device
+        )
         self.total_steps = settings.total_steps(self.loader.windows_per_epoch)
         optimizer = settings.optimizer
         self.schedule = Schedule(settings.schedule, optimizer.learning_rate, optimizer.weight_decay, self.total_steps)
         self.progress = Progress()
-        self._loss_scale: dict[str, Any] | None = None
-        if resume_from is not None:
-            self._restore(resume_from)
-        self.console = ConsoleTracker(self.total_steps, self.progress.step, run.log, quiet=quiet)
-        built = build_trackers(run, settings.tracking, self.progress.step, self.console.say)
-        self.trackers = Trackers([self.console, *built], self.console.say)
+        self.interruption = Interruption()
+        self.status = status or StatusFile(run, self._say)
         self.stepper = Stepper(
             self.model, self.optimizer, settings.objective, training.grad_clip,
-            training.first_micro_batch_size(), training.micro_batch_size == "auto", self.console.say,
+            training.first_micro_batch_size(), training.micro_batch_size == "auto", self._say,
         )  # fmt: skip
-        if self._loss_scale:
-            self.stepper.scaler.load_state_dict(self._loss_scale)
-        self.interruption = Interruption()
+        new_stages = [*self.schedule.boundaries(), self.schedule.weight_decay_end]
+        self.detector = Detector(settings.anomaly, self.model.settings.vocab_size or 0, new_stages)
+        self.statistics = TernaryStatistics(self.model)
+        if resume_from is not None:
+            self._restore(resume_from)
+        self.recorder = Recorder(run, settings, self.schedule, self.progress, self.status, quiet)
+        self.writer = checkpoint.Writer(run.checkpoints, training.keep_last, training.keep_every)
         self._last_saved = self.progress.step if resume_from is not None else -1
+        self._failed_saves = 0
+        self._action = "update"
+        self._last_row_s = self.progress.elapsed_s
+        self._complaint: str | None = None
+        if isinstance(self.loader, StreamLoader):
+            self.loader.while_waiting, self.loader.say = self._wait_for_data, self._say
 
     def run(self) -> Progress:
         """Train to the end of the schedule, or to `max_time`.
 
         Raises:
             Interrupted, Preempted: A signal arrived; the run was saved.
-            Diverged: Non-finite numbers several times in a row; the last checkpoint is good.
+            Diverged: The anomaly policy is exhausted; the last checkpoint is good.
             MemoryExhausted: Not even one sequence fits.
+            StorageFault: Two checkpoints in a row could not be written.
         """
         if self.settings.training.compile:
-            compile_blocks(self.model, self._one_micro_batch, self.console.say)
-        clock = Clock(self.progress.elapsed_s)
+            self.status.update(state="compiling")
+            compile_blocks(self.model, self._one_micro_batch, self._say)
+        self.recorder.start(self.device, self._facts())
         self.model.train()
+        if self._is_due(self.settings.tracking.ternary_every_steps, self.progress.step):
+            self.statistics.remember()
         try:
             with self.interruption.watched():
                 if not self.is_evaluated():
                     self.evaluate()
-                while self.progress.step < self.total_steps and not self._out_of_time(clock):
-                    self._one_step(clock)
-                self._finish(clock)
+                while self.progress.step < self.total_steps and not self._out_of_time():
+                    self._one_step()
+                self._finish()
         except (Interrupted, Preempted):
-            raise self._saved_after_signal(clock) from None
+            raise self._saved_after_signal() from None
         finally:
-            self.trackers.close()
+            try:
+                self.writer.close()
+            except StorageFault as error:  # what ended the run matters more
+                self._say(str(error))
+            self.recorder.close()
         return self.progress
 
-    def _one_step(self, clock: Clock) -> None:
+    def _one_step(self) -> None:
         self.interruption.check()
-        k = self.progress.step
+        self.status.update(state="training")
+        k, self._action = self.progress.step, "update"
         set_rates(self.optimizer, self.schedule.learning_rate(k), self.schedule.weight_decay(k))
         started = time.perf_counter()
         batch = self.loader.batch(self.progress.samples)
         data_s = time.perf_counter() - started
-        result = self.stepper(batch)
-        clock.count(result.targets, time.perf_counter() - started, data_s)
+        result = self.stepper(batch, partial(self._judge, k, batch))
+        self.recorder.clock.count(result.targets, time.perf_counter() - started, data_s)
         self.progress.step += 1
         self.progress.samples += self.settings.training.batch_size
         self.progress.tokens += result.targets
-        self.progress.elapsed_s = clock.elapsed()
+        self.progress.elapsed_s = self.recorder.clock.elapsed()
+        if not result.skipped:
+            self.progress.accept(result.loss)
+        if self._action == "roll_back":
+            self._roll_back()
+            return
 
-        step, ends = self.progress.step, self.progress.step == self.total_steps
-        if step % self.settings.tracking.every_steps == 0 or ends or step == 1:
-            self.trackers.log("train", self._training_row(k, result, clock))
+        step = self.progress.step
+        if self._is_due(self.settings.tracking.every_steps, step) or step == 1:
+            self._log_step(k, result)
+        if self._is_due(self.settings.tracking.ternary_every_steps, step):
+            self._measure_codes(batch, k)
+        self.recorder.system_when_due()
         if not self.is_evaluated():
             self.evaluate()
-        sample_every = self.settings.evaluation.sample_every_steps
-        if sample_every is not None and (step % sample_every == 0 or ends):
+        if self._is_due(self.settings.evaluation.sample_every_steps, step):
             self.sample()
-        if step % self.settings.training.checkpoint_every_steps == 0 or ends or self._near_boundary(step):
+        if self._is_due(self.settings.training.checkpoint_every_steps, step) or self._near_boundary(step):
             self.save()
+        self._look_at_writer()
 
     def is_evaluated(self) -> bool:
         """Whether the evaluation that is due at this step, if any, has been made; a signal may have cut it off."""
         step = self.progress.step
-        is_due = step > 0 and (step % self.settings.evaluation.every_steps == 0 or step == self.total_steps)
+        is_due = step > 0 and self._is_due(self.settings.evaluation.every_steps, step)
         return not is_due or self.progress.last_evaluation.get("step") == step
 
     def evaluate(self) -> EvaluationResult:
@@ -163,6 +182,7 @@ class Trainer:
             Diverged: The loss is not finite.
         """
         settings = self.settings.evaluation
+        self.status.update(state="evaluating")
         result = evaluate(
             self.model,
             self.corpus.split("validation"),
@@ -172,54 +192,146 @@ class Trainer:
             settings.max_tokens,
             self.interruption.check,
         )
-        row = {
-            **self._row(),
-            "val/loss": result.loss,
-            "val/perplexity": result.perplexity,
-            "val/bpb": result.bpb,
-            "val/accuracy": result.accuracy,
-            "val/top5_accuracy": result.top5_accuracy,
-            **{name: value for name, value in result.as_dict().items() if name not in ("loss", "perplexity", "wall_s")},
-        }
         if not math.isfinite(result.loss):
             raise Diverged(f"the validation loss is {result.loss} at step {self.progress.step}. {LOWER_RATE}")
-        self.trackers.log("eval", row)
+        self.recorder.evaluation(result)
         self.progress.last_evaluation = {"step": self.progress.step, "loss": result.loss, "bpb": result.bpb}
         return result
 
     def sample(self) -> None:
-        """Generate from the configured prompts and log the text; training's randomness is untouched."""
-        settings = self.settings.evaluation
-        sampling = SamplingSettings(
-            max_new_tokens=settings.sample_tokens, temperature=settings.temperature, top_p=settings.top_p,
-            seed=self.settings.training.seed,
-        )  # fmt: skip
-        for sample in generate(self.model, self.tokenizer, settings.prompts, sampling):
-            row = {**self._row(), "prompt": sample.prompt, "generated_text": sample.text}
-            self.trackers.log("sample", {**row, "generated_ids": sample.ids, "seed": sampling.seed})
+        """Generate from the configured prompts in all modes; training's randomness is untouched."""
+        rows = sample_modes(self.model, self.tokenizer, self.settings.evaluation, self.settings.training.seed)
+        self.recorder.samples(rows)
+        self._note(self.detector.judge_samples(self.progress.step, rows))
 
-    def save(self, pinned: str | None = None) -> Path:
-        """Write a checkpoint of this step, move the pointers, and prune by policy."""
-        step, root = self.progress.step, self.run_directory.checkpoints
+    def save(self, pinned: str | None = None) -> None:
+        """Begin to write a checkpoint of this step; it is on disk once `writer.wait` returns.
+
+        Raises:
+            Diverged: Weights are not finite and there is nothing to return to.
+            StorageFault: This is the second checkpoint in a row that could not be written.
+        """
+        step = self.progress.step
         if self._near_boundary(step):
             pinned = "stage boundary"
         elif step == self.total_steps:
             pinned = "end"
-        evaluation = self.progress.last_evaluation
-        best_loss = self.progress.best_loss
+        evaluation, best_loss = self.progress.last_evaluation, self.progress.best_loss
         is_best = evaluation.get("step") == step and (best_loss is None or evaluation["loss"] < best_loss)
-        if is_best:
-            self.progress.best_loss = evaluation["loss"]
-        path = checkpoint.save(root, step, self._contents(), pinned)
-        checkpoint.point(root, "last", path)
-        if is_best:
-            checkpoint.point(root, "best", path)
-        if step == self.total_steps:
-            checkpoint.point(root, "final", path)
-        training = self.settings.training
-        checkpoint.prune(root, training.keep_last, training.keep_every)
+        pointers = ["last", *(["best"] if is_best else []), *(["final"] if step == self.total_steps else [])]
+        before, self.progress.best_loss = best_loss, evaluation["loss"] if is_best else best_loss
+        self.recorder.flush()
+        try:
+            self._saved(self.writer.submit(step, self._contents(), pinned, pointers, self._anchors()))
+        except StorageFault as error:
+            self.progress.best_loss = before
+            self._storage_failed(error)
+        except Diverged as error:
+            self.recorder.event(Event("nan_inf_state", step, "error", str(error), "roll_back", {}))
+            self._roll_back()
+            return
         self._last_saved = step
-        return path
+
+    def _judge(self, k: int, batch: Batch, result: StepResult) -> bool:
+        """Ask the detector about a gradient; what it finds is recorded with evidence before anything changes."""
+        verdict = self.detector.judge(k, result.loss, result.grad_norm)
+        self._action = verdict.action
+        for event in verdict.events:
+            self._record(event, batch)
+        if verdict.action == "stop":
+            raise Diverged(f"step {k + 1}: {verdict.events[-1].message} {LOWER_RATE}")
+        return verdict.action == "update"
+
+    def _record(self, event: Event, batch: Batch) -> None:
+        if event.dump:
+            situation = evidence.Situation(
+                self.model, self.tokenizer, batch, self.loader, self.progress.samples, self.stepper.micro_batch_size
+            )
+            evidence.dump(self.run_directory.anomalies, event, situation, self._say)
+        self.recorder.event(event)
+
+    def _roll_back(self) -> None:
+        """Return to an earlier checkpoint and go on past the data that led here.
+
+        Raises:
+            Diverged: There is no checkpoint to return to, or the allowance is used up.
+        """
+        self._await_writer()
+        policy, root, step = self.settings.anomaly, self.run_directory.checkpoints, self.progress.step
+        opened = self._checkpoint_before(step - policy.roll_back_steps)
+        if opened is None:
+            raise Diverged(f"there is no checkpoint to go back to at step {step}. {LOWER_RATE}")
+        passed_over = policy.skip_batches * self.settings.training.batch_size
+        saved_at = Progress.from_state(opened.state, opened.path)
+        entry = {"from_step": step, "to_step": saved_at.step, "samples_from": saved_at.samples,
+                 "samples_to": max(self.progress.samples, saved_at.samples + passed_over)}  # fmt: skip
+        roll_back.begin(root, saved_at.step, [*self.progress.roll_backs, entry])
+        self.run_directory.cut_after(saved_at.step)
+        self._restore(opened)
+        passed = entry["samples_to"] - entry["samples_from"]
+        message = f"back from step {step} to step {saved_at.step}, and on past {passed:,} sequences"
+        self.recorder.event(Event("roll_back", step, "error", message, "roll_back", {}))
+        self._last_saved = self.progress.step
+
+    def _checkpoint_before(self, limit: int) -> Opened | None:
+        """The newest valid checkpoint that is old enough, or else the oldest valid one."""
+        root = self.run_directory.checkpoints
+        steps = checkpoint.steps(root)
+        for step in sorted((s for s in steps if s <= limit), reverse=True) + [s for s in steps if s > limit]:
+            with suppress(CheckpointError):
+                return checkpoint.open_checkpoint(checkpoint.folder(root, step))
+        return None
+
+    def _anchors(self) -> set[int]:
+        """The checkpoint that a roll-back from here would return to, which is not to be pruned."""
+        limit = self.progress.step - self.settings.anomaly.roll_back_steps
+        old_enough = [step for step in checkpoint.steps(self.run_directory.checkpoints) if step <= limit]
+        return set(old_enough[-1:])
+
+    def _log_step(self, k: int, result: StepResult) -> None:
+        row = self.recorder.step(k, result, self.loader.epoch(self.progress.samples), self.corpus.bytes_per_token())
+        since = row["wall_s"] - self._last_row_s
+        self._last_row_s = row["wall_s"]
+        self._note(self.detector.judge_throughput(self.progress.step, row["perf/tokens_per_sec"], since))
+
+    def _note(self, events: list[Event]) -> None:
+        for event in events:
+            self.recorder.event(event)
+            if event.action == "stop":
+                raise Diverged(f"{event.message} {LOWER_RATE}")
+
+    def _measure_codes(self, batch: Batch, k: int) -> None:
+        row = self.statistics.measure(batch.tokens)
+        self.recorder.ternary(row)
+        is_flat = abs(self.status.loss_trend or 1.0) < FLAT_TREND
+        rate = self.schedule.learning_rate(k)
+        self._note(self.detector.judge_ternary(self.progress.step, row, rate, is_flat))
+
+    def _look_at_writer(self) -> None:
+        """Say within one step what became of the last checkpoint."""
+        try:
+            self._saved(self.writer.poll())
+        except StorageFault as error:
+            self._storage_failed(error)
+
+    def _await_writer(self) -> None:
+        try:
+            self._saved(self.writer.wait())
+        except StorageFault as error:
+            self._storage_failed(error)
+
+    def _saved(self, saved: checkpoint.Saved | None) -> None:
+        if saved is not None:
+            self._failed_saves = 0
+            roll_back.forget(self.run_directory.checkpoints, len(self.progress.roll_backs))
+            self.status.update(last_checkpoint=saved.step)
+
+    def _storage_failed(self, error: StorageFault) -> None:
+        """Go on without this checkpoint; the second failure in a row ends the run, while the last good one is young."""
+        self._failed_saves += 1
+        self.recorder.event(Event("disk_low", self.progress.step, "error", str(error), "warn", {}))
+        if self._failed_saves >= MOST_FAILED_SAVES:
+            raise error
 
     def _build_model(self) -> LanguageModel:
         training = self.settings.training
@@ -234,18 +346,30 @@ class Trainer:
         model.initialize(training.seed)
         return model
 
-    def _restore(self, path: Path) -> None:
-        tensors, optimizer, state = checkpoint.read_training_state(path)
-        checkpoint.load_tensors(self.model, tensors, path)
-        load_optimizer_tensors(self.model, self.optimizer, optimizer)
+    def _restore(self, opened: Opened) -> None:
+        """Take over weights, optimizer, position and the detector's memory from a checkpoint."""
+        progress = Progress.from_state(opened.state, opened.path)
+        checkpoint.load_tensors(self.model, opened.model, opened.path)
+        load_optimizer_tensors(self.model, self.optimizer, opened.optimizer)
+        memory = opened.state.get("detector")
         try:
-            self.progress, self._loss_scale = Progress(**state["progress"]), state["loss_scale"]
+            if memory is not None:
+                self.detector.load_state_dict(memory)
         except (KeyError, TypeError) as error:
-            raise CheckpointError(f"'{path}' holds no position to go on from ({error}). Use another one.") from None
+            raise CheckpointError(
+                f"'{opened.path}' holds a damaged memory of anomalies ({error}). Use another one."
+            ) from None
+        if roll_back.complete(self.run_directory.checkpoints, progress):
+            self.detector.rolled_back(progress.step, memory)
+        self.detector.roll_backs = [entry["from_step"] for entry in progress.roll_backs]
+        vars(self.progress).update(vars(progress))  # the recorder holds the same object
+        if opened.state.get("loss_scale"):
+            self.stepper.scaler.load_state_dict(opened.state["loss_scale"])
 
     def _contents(self) -> checkpoint.Contents:
         state = {
             "progress": vars(self.progress),
+            "detector": self.detector.state_dict(),
             "loss_scale": self.stepper.scaler.state_dict(),
             "data_fingerprint": self.corpus.fingerprint,
             "total_steps": self.total_steps,
@@ -263,21 +387,28 @@ class Trainer:
         """Whether `step` completed updates are right before or right after a stage's first update."""
         return any(step in (boundary, boundary + 1) for boundary in self.schedule.boundaries())
 
-    def _finish(self, clock: Clock) -> None:
+    def _is_due(self, every: int | None, step: int) -> bool:
+        """Whether something done every so many steps, and at the end, is done now."""
+        return every is not None and (step % every == 0 or step == self.total_steps)
+
+    def _finish(self) -> None:
         if self._last_saved != self.progress.step:
             self.save()
+        self._saved(self.writer.wait())
         if self.progress.step < self.total_steps:
             limit = short_duration(self.settings.training.max_time or 0)
-            self.console.say(f"stopped after training.max_time={limit} at step {self.progress.step}; saved.")
+            self.status.update(reason="training.max_time")
+            self._say(f"stopped after training.max_time={limit} at step {self.progress.step}; saved.")
         rate = self.progress.tokens / max(self.progress.elapsed_s, 1e-9)
-        self.console.say(
+        self._say(
             f"done: {self.progress.step} steps, {self.progress.tokens:,} tokens in "
             f"{short_duration(self.progress.elapsed_s)} ({rate:,.0f} tokens/s)"
         )
 
-    def _saved_after_signal(self, clock: Clock) -> TernlmError:
+    def _saved_after_signal(self) -> TernlmError:
         if self._last_saved != self.progress.step and self.progress.step > 0:
             self.save()
+        self._saved(self.writer.wait())
         where = self.run_directory.path
         return self.interruption.error(
             f"saved at step {self.progress.step}. Continue with: ternlm resume {where}"
@@ -285,43 +416,35 @@ class Trainer:
             else f"nothing was trained yet. Start again with: ternlm resume {where}"
         )
 
-    def _out_of_time(self, clock: Clock) -> bool:
+    def _out_of_time(self) -> bool:
         limit = self.settings.training.max_time
-        return limit is not None and clock.elapsed() >= limit
+        return limit is not None and self.recorder.clock.elapsed() >= limit
 
-    def _row(self) -> dict[str, Any]:
+    def _facts(self) -> dict[str, Any]:
+        """What trackers record beside the settings."""
+        counts = self.model.parameter_counts()
         return {
-            "step": self.progress.step,
-            "tokens_seen": self.progress.tokens,
-            "wall_s": round(self.progress.elapsed_s, 3),
-            "time": time.time(),
+            **self.settings.model_dump(mode="json"),
+            "total_parameters": counts.total,
+            "trainable_parameters": counts.total,
+            "ternary_parameters": counts.ternary,
+            "vocab_size": self.model.settings.vocab_size,
+            "total_training_steps": self.total_steps,
+            "device": str(self.device),
+            "world_size": 1,
+            "dataset": self.corpus.describe(),
         }
 
-    def _training_row(self, k: int, result: StepResult, clock: Clock) -> dict[str, Any]:
-        rates = clock.read()
-        remaining = self.total_steps - self.progress.step
-        bytes_per_token = self._bytes_per_token()
-        return {
-            **self._row(),
-            "train/loss": result.loss,
-            "train/perplexity": math.exp(min(result.loss, 700.0)),
-            "train/bpb": None if bytes_per_token is None else result.loss / (math.log(2) * bytes_per_token),
-            "train/learning_rate": self.schedule.learning_rate(k),
-            "train/weight_decay": self.schedule.weight_decay(k),
-            "train/grad_norm": result.grad_norm,
-            "train/epoch": self.loader.epoch(self.progress.samples),
-            "train/stage": self.schedule.stage(k),
-            **rates,
-            "perf/peak_memory_mb": peak_memory_mb(self.device),
-            "eta_s": remaining * rates["perf/step_time_ms"] / 1e3,
-        }
+    def _say(self, text: str) -> None:
+        self.recorder.say(text)
 
-    def _bytes_per_token(self) -> float | None:
-        """Raw bytes per target of the training split, to show bits per byte while training."""
-        stream = self.corpus.split("train")
-        markers = stream.documents * (self.tokenizer.bos_id is not None)
-        targets = len(stream) - markers
-        return stream.bytes / targets if targets else None
+    def _wait_for_data(self, complaint: str | None) -> None:
+        """Called while the stream has no block to give; what it complains about is said once."""
+        self.interruption.check()
+        self.status.update(state="waiting")
+        if complaint is not None and complaint != self._complaint:
+            self._say(complaint)
+        self._complaint = complaint
 
     def _one_micro_batch(self) -> None:
         """A training and an evaluation pass whose results are thrown away, to compile with."""
