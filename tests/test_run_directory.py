@@ -99,6 +99,17 @@ def test_rows_after_the_resumed_step_are_cut_and_torn_lines_with_them(tmp_path: 
     assert run.scalars.read_bytes() == before
 
 
+def test_rows_without_a_usable_step_are_cut_and_the_rest_keeps_its_bytes(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a")
+    run.scalars.write_bytes(
+        b'{"step": 1,  "a": "\\u00e9"}\n{"step": "x"}\n{"step": null}\n{"step": [2]}\n{"step": NaN}\n'
+    )
+    run.training_csv.write_bytes(b"step,loss\n1,2\n\xff\xfe,3\n,4\nnan,5\n")
+    run.cut_after(5)
+    assert run.scalars.read_bytes() == b'{"step": 1,  "a": "\\u00e9"}\n'
+    assert run.training_csv.read_bytes() == b"step,loss\n1,2\n"
+
+
 def test_cutting_a_run_without_files_creates_none(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a")
     run.cut_after(0)

@@ -52,22 +52,20 @@ def recipe_text(name: str) -> str:
 def load_recipe(reference: str) -> Recipe:
     """A shipped recipe by name, or a settings file (YAML or JSON) by path.
 
-    A file may begin with ``extends: NAME``, which puts its values on top of another recipe's.
+    A recipe may begin with ``extends: NAME``, which puts its values on top of another recipe's.
 
     Raises:
         SettingsError: There is no such recipe or file, or it is malformed.
     """
     if Path(reference).suffix in (".yaml", ".yml", ".json"):
         path = Path(reference)
-        values = read_mapping(path)
-        base = values.pop("extends", None)
-        description = str(values.pop("description", ""))
-        if base is not None:
-            values = _on_top(load_recipe(str(base)).values, values)
-        return Recipe(path.stem, f"file {path}", description, values)
-    values = yaml.safe_load(recipe_text(reference))
-    description = str(values.pop("description"))
-    return Recipe(reference, f"recipe {reference}", description, values)
+        name, origin, values = path.stem, f"file {path}", read_mapping(path)
+    else:
+        name, origin, values = reference, f"recipe {reference}", yaml.safe_load(recipe_text(reference))
+    base, description = values.pop("extends", None), str(values.pop("description", ""))
+    if base is not None:
+        values = _on_top(load_recipe(str(base)).values, values)
+    return Recipe(name, origin, description, values)
 
 
 def _on_top(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class ConsoleTracker(Tracker):
         self._log_file, self._quiet, self._total = log_file, quiet, total_steps
         self._bar: Progress | None = None
         self._task = TaskID(0)
+        self._sampled_step: int | None = None
         if self._console.is_terminal and not quiet:
             self._bar = Progress(
                 TextColumn("train"),
@@ -71,8 +72,10 @@ class ConsoleTracker(Tracker):
             parts.append(f"accuracy {row['val/accuracy']:.1%}")
             self.say(f"step {row['step']}  " + "  ".join(parts))
         elif kind == "sample":
-            mode = f" ({row['mode']})" if row.get("mode") else ""
-            self.say(f"step {row['step']}  sample{mode}: {row['prompt']}{row['generated_text']}")
+            if self._sampled_step != row["step"]:  # one of them; samples.jsonl has all
+                self._sampled_step = row["step"]
+                text = " ".join(f"{row['prompt']}{row['generated_text']}".split())
+                self.say(f"step {row['step']}  sample ({row['mode']}): {text}")
         elif kind == "event":
             line = f"step {row['step']}  {event_text(row)}"
             if row.get("severity") in ("warning", "error"):

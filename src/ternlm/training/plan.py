@@ -90,7 +90,7 @@ def make_plan(settings: RunSettings, windows_per_epoch: int | None = None) -> Pl
         tokens_per_parameter=tokens / counts.total,
         flops=tokens * settings.model.flops_per_token(length),
         state_bytes=_STATE_BYTES * counts.total + is_quantized * counts.ternary,
-        activation_bytes_estimate=_activation_bytes(model, settings),
+        activation_bytes_estimate=activation_bytes(model, settings, training.first_micro_batch_size()),
         checkpoint_bytes=checkpoint_bytes,
         disk_bytes=kept * checkpoint_bytes,
         packed_bytes=_packed_bytes(model),
@@ -125,14 +125,15 @@ def _packed_bytes(model: LanguageModel) -> int:
     return packed + scales + 2 * (counts.embedding + counts.other)
 
 
-def _activation_bytes(model: LanguageModel, settings: RunSettings) -> int:
-    """Inputs of the linear layers (int8 when quantized, else the compute type), twice their outputs, logits.
+def activation_bytes(model: LanguageModel, settings: RunSettings, rows: int) -> int:
+    """An estimate of what a forward pass over so many sequences keeps for the backward pass.
 
+    Inputs of the linear layers (int8 when quantized, else the compute type), twice their outputs, logits.
     Each layer keeps its input; the outputs are kept by what consumes them (attention, gate, norms),
     about twice over with the norms' own copies.
     """
     training = settings.training
-    tokens = training.first_micro_batch_size() * settings.data.sequence_length
+    tokens = rows * settings.data.sequence_length
     wide = 4 if training.precision == "fp32" else 2
     is_int8 = settings.quantization.weights != "none" and settings.quantization.activations != "none"
     layers = list(model.bit_linears().values())

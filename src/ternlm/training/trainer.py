@@ -6,6 +6,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import psutil
 import torch
 
 from ternlm import checkpoint
@@ -28,6 +29,7 @@ from ternlm.training.anomaly import Detector, Event
 from ternlm.training.compilation import compile_blocks
 from ternlm.training.interruption import Interruption
 from ternlm.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_rates
+from ternlm.training.plan import activation_bytes
 from ternlm.training.progress import Progress
 from ternlm.training.recorder import Recorder
 from ternlm.training.schedule import Schedule
@@ -36,6 +38,9 @@ from ternlm.training.status import StatusFile
 from ternlm.training.step import Stepper, StepResult
 
 MOST_FAILED_SAVES = 2
+MEMORY_SHARE = 0.4
+"""Of the machine's memory, what the activations of one micro-batch may be estimated at."""
+
 FLAT_TREND = 0.02
 """Nats per 1000 steps below which a loss counts as flat."""
 
@@ -85,7 +90,7 @@ class Trainer:
         self.status = status or StatusFile(run, self._say)
         self.stepper = Stepper(
             self.model, self.optimizer, settings.objective, training.grad_clip,
-            training.first_micro_batch_size(), training.micro_batch_size == "auto", self._say,
+            self._first_micro_batch_size(), training.micro_batch_size == "auto", self._say,
         )  # fmt: skip
         new_stages = [*self.schedule.boundaries(), self.schedule.weight_decay_end]
         self.detector = Detector(settings.anomaly, self.model.settings.vocab_size or 0, new_stages)
@@ -346,6 +351,16 @@ class Trainer:
         model.initialize(training.seed)
         return model
 
+    def _first_micro_batch_size(self) -> int:
+        """As the settings say; `auto` starts on a CPU with what should fit, as a system kills where CUDA reports."""
+        training = self.settings.training
+        size = training.first_micro_batch_size()
+        if training.micro_batch_size == "auto" and self.device.type == "cpu":
+            room = MEMORY_SHARE * psutil.virtual_memory().total
+            while size > 1 and activation_bytes(self.model, self.settings, size) > room:
+                size = -(-size // 2)
+        return size
+
     def _restore(self, opened: Opened) -> None:
         """Take over weights, optimizer, position and the detector's memory from a checkpoint."""
         progress = Progress.from_state(opened.state, opened.path)
@@ -363,6 +378,9 @@ class Trainer:
             self.detector.rolled_back(progress.step, memory)
         self.detector.roll_backs = [entry["from_step"] for entry in progress.roll_backs]
         vars(self.progress).update(vars(progress))  # the recorder holds the same object
+        training, split = self.settings.training, opened.state.get("micro_batch_size")
+        if training.micro_batch_size == "auto" and training.gradient_accumulation_steps is None and split:
+            self.stepper.micro_batch_size = int(split)  # where sums are split decides their last bits
         if opened.state.get("loss_scale"):
             self.stepper.scaler.load_state_dict(opened.state["loss_scale"])
 
@@ -371,6 +389,7 @@ class Trainer:
             "progress": vars(self.progress),
             "detector": self.detector.state_dict(),
             "loss_scale": self.stepper.scaler.state_dict(),
+            "micro_batch_size": self.stepper.micro_batch_size,
             "data_fingerprint": self.corpus.fingerprint,
             "total_steps": self.total_steps,
             "run_id": self.run_directory.id,
