@@ -228,7 +228,7 @@ def test_floating_point_operations_count_every_multiplied_matrix() -> None:
     settings = tiny_model_settings("bitnet")
     ternary = build_model(settings, QuantizationMode()).parameter_counts().ternary
     assert settings.flops_per_token(0) == 6 * (ternary + 61 * 24)
-    assert settings.flops_per_token(100) - settings.flops_per_token(0) == 6 * 2 * 24 * 100
+    assert settings.flops_per_token(100) - settings.flops_per_token(0) == 12 * 2 * 24 * 100
 
 
 @pytest.mark.parametrize(

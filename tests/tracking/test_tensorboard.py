@@ -63,7 +63,7 @@ def test_samples_and_events_are_text_that_is_never_read_as_markup(run: RunDirect
     assert text == (
         "**Prompt**\n\n    A [b]\n\n**Continuation**\n\n    # Once\n    ```\n    <script>x</script>\n    **bold**\n"
     )
-    assert text_of(events, "event/loss_spike") == "    warning: Up. (kept)\n"
+    assert text_of(events, "event/loss_spike") == "    warning: Up.\n"
     assert events.SummaryMetadata("event/loss_spike").plugin_data.plugin_name == "text"
 
 

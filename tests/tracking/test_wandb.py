@@ -138,7 +138,7 @@ def test_every_row_fact_tag_and_note_is_in_the_packages_own_file_and_a_resumed_r
     assert written.values("val/loss") == [(5, 1.75)]
     assert written.values("ternary/layers.0.self_attn.q_proj/frac_zero") == [(5, 0.25)]
     assert written.values("system/gpu0/util") == [(4, 50.0)], "an earlier step is no reason to drop a row"
-    assert written.values("event/loss_spike") == [(6, "warning: Up. (kept)")]
+    assert written.values("event/loss_spike") == [(6, "warning: Up.")]
     assert not [row for row in written.rows if "train/bpb" in row or "protocol" in row]
     ((step, path),) = written.values("sample/text/path")
     text = (file.parent / "files" / path).read_text()

@@ -65,10 +65,19 @@ def load(path: Path, device: torch.device | str = "cpu", mode: QuantizationMode 
         dtype = choose_dtype(config["training"]["precision"], torch.device(device))
     except (LookupError, TypeError, ValueError, AttributeError, SettingsError) as error:
         raise CheckpointError(f"'{path / CONFIG}' describes no model ({error}). Use another checkpoint.") from None
-    with torch.device(device):
-        model = build_model(settings, mode)
+    tensors = parse_tensors(path, MODEL, files[MODEL])
+    try:
+        if getattr(settings, "num_hidden_layers", 0) > len(tensors):
+            raise RuntimeError(f"more layers than the {len(tensors)} tensors of the file")
+        with torch.device("meta"):  # sizes are compared before any memory is taken for them
+            require_fitting(build_model(settings, mode), tensors, path)
+        with torch.device(device):
+            model = build_model(settings, mode)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise CheckpointError(f"'{path / CONFIG}' describes no model ({reason}). Use another checkpoint.") from None
     model.compute_dtype = dtype
-    load_tensors(model, parse_tensors(path, MODEL, files[MODEL]), path)
+    load_tensors(model, tensors, path)
     tokenizer = load_tokenizer(path)
     expected = state.get("tokenizer_fingerprint")
     if tokenizer.fingerprint != expected:
@@ -126,6 +135,18 @@ def load_tensors(model: LanguageModel, tensors: Mapping[str, Tensor], path: Path
     Raises:
         CheckpointError: Names, shapes or types differ from the model's.
     """
+    require_fitting(model, tensors, path)
+    with torch.no_grad():
+        for name, tensor in model.tensors().items():
+            tensor.copy_(tensors[name])
+
+
+def require_fitting(model: LanguageModel, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that are not a model's; the model may be on the meta device.
+
+    Raises:
+        CheckpointError: Names, shapes or types differ from the model's.
+    """
     wanted = model.tensors()
     for problem, names in (("lacks", wanted.keys() - tensors), ("has the unknown", tensors.keys() - wanted)):
         if names:
@@ -142,9 +163,6 @@ def load_tensors(model: LanguageModel, tensors: Mapping[str, Tensor], path: Path
                 f"wants {tuple(tensor.shape)} and {_plain(tensor.dtype)}. Choose another checkpoint or drop the "
                 "overrides."
             )
-    with torch.no_grad():
-        for name, tensor in wanted.items():
-            tensor.copy_(tensors[name])
 
 
 def _plain(dtype: torch.dtype) -> str:

@@ -71,6 +71,7 @@ def evaluate(
 def _stream(loaded: "Loaded", data: str | None, split: str | None) -> "TokenStream":
     """The tokens to score, prepared with the checkpoint's own tokenizer."""
     from ternlm.data.catalog import is_local
+    from ternlm.data.corpus import load_corpus
     from ternlm.data.settings import DataSettings
     from ternlm.tokenizers import TokenizerSettings
 
@@ -86,6 +87,10 @@ def _stream(loaded: "Loaded", data: str | None, split: str | None) -> "TokenStre
             "max_tokens": None,
         }
         split = split or ("all" if is_local(data) else "validation")
+    held_out = loaded.path.parent.parent / "stream" / "validation"
+    if data is None and values.get("stream") and split in (None, "validation") and held_out.is_dir():
+        return load_corpus(held_out).split("validation")
+    values["stream"] = False
     if split == "all":
         values |= {"validation_fraction": 0.0, "test_fraction": 0.0}
     settings = DataSettings.from_mapping(values, "data")

@@ -271,7 +271,7 @@ def load_corpus(directory: Path, verify: bool = False) -> Corpus:
 
     Args:
         directory: A folder that `prepare` finished.
-        verify: Also compare every shard with its sha256; otherwise sizes only.
+        verify: Also compare every file with its sha256; otherwise sizes only.
 
     Raises:
         DataError: The folder is not a finished corpus, or a file differs from the manifest.

@@ -166,11 +166,14 @@ class HubSource(Source):
         return self._rows
 
     def _tables(self, file: int, row: int) -> Iterator[Any]:
-        """Arrow tables of rows: a fourth of the time that rows as dictionaries take."""
+        """Arrow tables of the rows from `row` on: a fourth of the time that rows as dictionaries take."""
         rows = self._open()
         try:
-            part = rows.shard(num_shards=rows.num_shards, index=file)
-            yield from (part.skip(row) if row else part).with_format("arrow").iter(batch_size=ROWS)
+            part = rows.shard(num_shards=rows.num_shards, index=file).with_format("arrow")
+            for table in part.iter(batch_size=ROWS):
+                if row < len(table):
+                    yield table.slice(row)
+                row = max(0, row - len(table))
         except (EnvironmentFault, MemoryError):
             raise
         except Exception as error:  # errors of many network and file layers come through

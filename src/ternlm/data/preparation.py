@@ -56,7 +56,7 @@ def prepare_data(
     directory = default_directory(data, loaded)
     if not (directory / "manifest.json").exists():
         say(f"preparing '{data.source}' in {directory}")
-    return Prepared(prepare(data, loaded, directory, progress, should_stop), loaded)
+    return Prepared(prepare(data, loaded, directory, progress, should_stop, patience), loaded)
 
 
 def _trained(data: DataSettings, vocab_size: int, patience: Patience) -> Tokenizer:

@@ -35,6 +35,7 @@ from ternlm.data.corpus import (
     token_dtype,
 )
 from ternlm.data.documents import find_files
+from ternlm.data.reader import Patience
 from ternlm.data.settings import DataSettings
 from ternlm.data.writer import SplitWriter
 from ternlm.errors import DataError, Interrupted
@@ -55,7 +56,6 @@ SHARD_TOKENS = 2**26
 COMMIT_TOKENS = 2**23
 BATCH_CHARACTERS = 2**20
 _STATE = "progress.json"
-_NOT_IDENTITY = {"sequence_length", "cache"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def prepare(
     directory: Path,
     progress: Callable[[Progress], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    patience: Patience | None = None,
 ) -> Corpus:
     """Tokenize all splits of a corpus into a folder, or open it if that was done before.
 
@@ -91,6 +92,7 @@ def prepare(
         directory: Where the corpus goes; `default_directory` gives the usual place.
         progress: Called after each batch of documents.
         should_stop: Asked after each batch of documents.
+        patience: What is done while a dataset cannot be read.
 
     Raises:
         DataError: The source is unreadable or empty, the folder cannot be written, holds another corpus,
@@ -102,7 +104,7 @@ def prepare(
             identity = _identity(data, tokenizer)
             if (directory / MANIFEST).exists():
                 return _open_finished(directory, identity)
-            _Preparation(data, tokenizer, directory, identity).run(progress, should_stop)
+            _Preparation(data, tokenizer, directory, identity, patience).run(progress, should_stop)
             return load_corpus(directory)
     except OSError as error:
         raise DataError(
@@ -122,7 +124,15 @@ def default_directory(data: DataSettings, tokenizer: Tokenizer) -> Path:
 class _Preparation:
     """One sitting of a preparation."""
 
-    def __init__(self, data: DataSettings, tokenizer: Tokenizer, directory: Path, identity: str):
+    def __init__(
+        self,
+        data: DataSettings,
+        tokenizer: Tokenizer,
+        directory: Path,
+        identity: str,
+        patience: Patience | None = None,
+    ):
+        self.patience = patience
         self.data = data
         self.tokenizer = tokenizer
         self.directory = directory
@@ -139,7 +149,7 @@ class _Preparation:
 
     def run(self, progress: Callable[[Progress], None] | None, should_stop: Callable[[], bool]) -> None:
         try:
-            streams = list(open_streams(self.data).values())
+            streams = list(open_streams(self.data, self.patience).values())
             while self.stream < len(streams):
                 self._write_stream(streams[self.stream](), progress, should_stop)
                 self.stream, self.consumed = self.stream + 1, 0
@@ -221,7 +231,7 @@ class _Preparation:
         manifest = {
             "schema": SCHEMA,
             "identity": self.identity,
-            "source": self.data.model_dump(exclude=_NOT_IDENTITY),
+            "source": self.data.identity(),
             "tokenizer": {
                 "name": tokenizer.name,
                 "fingerprint": tokenizer.fingerprint,
@@ -294,7 +304,7 @@ def source_identity(data: DataSettings) -> str:
     stats = [(str(path), path.stat()) for source in local for path in find_files(source)]
     content = {
         "schema": SCHEMA,
-        "settings": data.model_dump(exclude=_NOT_IDENTITY),
+        "settings": data.identity(),
         "files": [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats],
         "built_in": None if is_local(data.source) else ternlm.__version__,
     }

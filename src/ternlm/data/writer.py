@@ -46,6 +46,7 @@ class SplitWriter:
         directory.mkdir(parents=True, exist_ok=True)
         self._remove_later_shards()
         self._committed: dict[str, str] = dict(state.get("sha256", {}))
+        self._has_new_names = False
         self._tables = [self._reopen(name, self.documents * size) for name, size in TABLES.items()]
         self._open_shard(self.tokens - sum(shard["tokens"] for shard in self.shards))
         self._committed = {}

@@ -82,10 +82,16 @@ class BitNetSettings(ModelSettings):
         return self
 
     def flops_per_token(self, context: int) -> float:
-        """6 (linear + vocab_size * hidden_size) + 6 layers * hidden_size * context, causal attention."""
+        """6 (linear + vocab_size * hidden_size) + 12 layers * hidden_size * context: the PaLM convention.
+
+        It counts attention to all positions, masked ones included, so that figures compare with published ones.
+
+        Source:
+            Chowdhery et al. 2022, PaLM, appendix B (arXiv 2204.02311).
+        """
         d, narrow = self.hidden_size, self.hidden_size // self.num_attention_heads * self.num_key_value_heads
         linear = self.num_hidden_layers * (2 * d * d + 2 * d * narrow + 3 * d * self.intermediate_size)
-        return 6.0 * (linear + (self.vocab_size or 0) * d + self.num_hidden_layers * d * context)
+        return 6.0 * (linear + (self.vocab_size or 0) * d + 2 * self.num_hidden_layers * d * context)
 
 
 @dataclass

@@ -75,7 +75,7 @@ class ConsoleTracker(Tracker):
             if self._sampled_step != row["step"]:  # one of them; samples.jsonl has all
                 self._sampled_step = row["step"]
                 text = " ".join(f"{row['prompt']}{row['generated_text']}".split())
-                self.say(f"step {row['step']}  sample ({row['mode']}): {text}")
+                self.say(f"step {row['step']}  sample: {text}")
         elif kind == "event":
             line = f"step {row['step']}  {event_text(row)}"
             if row.get("severity") in ("warning", "error"):

@@ -106,6 +106,5 @@ class Trackers(Tracker):
 
 
 def event_text(row: Row) -> str:
-    """``warning: the loss is not finite (update skipped)``."""
-    action = f" ({row['action']})" if row.get("action") else ""
-    return f"{row.get('severity', 'info')}: {row.get('message', row.get('event'))}{action}"
+    """``warning: the loss is not finite; the update is skipped.``"""
+    return f"{row.get('severity', 'info')}: {row.get('message', row.get('event'))}"

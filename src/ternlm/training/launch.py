@@ -31,6 +31,7 @@ _FREE_ON_RESUME = {
     "training": {"max_steps", "max_tokens", "max_epochs", "max_time", "micro_batch_size",
                  "gradient_accumulation_steps", "device", "threads", "compile", "gradient_checkpointing",
                  "checkpoint_every_steps", "keep_last", "keep_every"},
+    "data": {"stream_buffer", "retry_for", "cache"},
     "tracking": None,
     "evaluation": None,
 }  # fmt: skip
@@ -124,6 +125,8 @@ def resume(run: RunDirectory, overrides: Mapping[str, Any], prepare: Prepare, qu
                 _require_same_data(first, prepared)
             status = StatusFile(run, print)
             trainer = Trainer(settings, prepared.corpus, prepared.tokenizer, run, first, quiet, status)
+            if first is not None:
+                trainer.settle(first)
             if trainer.progress.step >= trainer.total_steps and trainer.is_evaluated():
                 _say_complete(trainer)
                 return trainer.progress

@@ -22,11 +22,13 @@ import psutil
 import torch
 
 import ternlm
+from ternlm.device import choose_device
 from ternlm.errors import DataError, EnvironmentFault
 from ternlm.files import from_json, read_regular, replace_durably, to_json
 from ternlm.run_directory import RunDirectory
 from ternlm.training.masking import HIDDEN, is_secret, masked, readable, without_credentials
 from ternlm.training.settings import RunSettings
+from ternlm.training.utilization import peak_flops
 
 SCHEMA = 1
 FIRST_TOKENS = 1000
@@ -67,6 +69,7 @@ def record(run: RunDirectory, settings: RunSettings, first_step: int) -> None:
         EnvironmentFault: The file cannot be written.
     """
     seed = settings.training.seed
+    peak = peak_flops(choose_device(settings.training.device))
     sitting = {
         "started_at": _now(),
         "command_line": masked(sys.argv),
@@ -81,6 +84,7 @@ def record(run: RunDirectory, settings: RunSettings, first_step: int) -> None:
         "packages": _versions(),
         "hardware": _hardware(),
         "torch": _torch(),
+        "peak": None if peak is None else peak._asdict(),
         "environment": _environment(),
         "seeds": {"run": seed, "initial_weights": seed, "data_order": seed, "samples": seed},
         "config_sha256": hashlib.sha256(to_json(settings.model_dump(mode="json"))).hexdigest(),

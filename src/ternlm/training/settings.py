@@ -115,6 +115,11 @@ class RunSettings(Settings):
                 f"model.max_position_embeddings={self.model.max_position_embeddings}. "
                 "Lower the first or raise the second."
             )
+        if self.data.stream and self.training.max_epochs is not None:
+            raise SettingsError(
+                "training.max_epochs cannot be counted on a stream, whose length shows only when it ends. "
+                "Give training.max_steps or training.max_tokens, or data.stream=false."
+            )
         if self.training.precision == "fp16" and getattr(self.model, "hidden_act", "") == "relu2":
             raise SettingsError("model.hidden_act=relu2 overflows in training.precision=fp16. Use bf16 or fp32.")
         if self.training.max_steps is None and self.training.max_tokens is None and self.training.max_epochs is None:

@@ -16,7 +16,16 @@ from ternlm.data.corpus import Corpus
 from ternlm.data.stream import StreamedCorpus
 from ternlm.data.stream_loader import StreamLoader
 from ternlm.device import choose_device, choose_dtype
-from ternlm.errors import CheckpointError, Diverged, Interrupted, Preempted, SettingsError, StorageFault, TernlmError
+from ternlm.errors import (
+    CheckpointError,
+    DataError,
+    Diverged,
+    Interrupted,
+    Preempted,
+    SettingsError,
+    StorageFault,
+    TernlmError,
+)
 from ternlm.evaluation.evaluate import EvaluationResult, evaluate, require_fitting
 from ternlm.evaluation.samples import sample_modes
 from ternlm.evaluation.ternary import TernaryStatistics
@@ -35,7 +44,7 @@ from ternlm.training.recorder import Recorder
 from ternlm.training.schedule import Schedule
 from ternlm.training.settings import RunSettings
 from ternlm.training.status import StatusFile
-from ternlm.training.step import Stepper, StepResult
+from ternlm.training.step import Judge, Stepper, StepResult
 
 MOST_FAILED_SAVES = 2
 MEMORY_SHARE = 0.4
@@ -100,7 +109,7 @@ class Trainer:
         self.recorder = Recorder(run, settings, self.schedule, self.progress, self.status, quiet)
         self.writer = checkpoint.Writer(run.checkpoints, training.keep_last, training.keep_every)
         self._last_saved = self.progress.step if resume_from is not None else -1
-        self._failed_saves = 0
+        self._failed_saves = self._samples_saved = 0
         self._action = "update"
         self._last_row_s = self.progress.elapsed_s
         self._complaint: str | None = None
@@ -132,6 +141,11 @@ class Trainer:
                 self._finish()
         except (Interrupted, Preempted):
             raise self._saved_after_signal() from None
+        except DataError:  # what was trained so far is not lost with the source
+            if self._last_saved != self.progress.step:
+                self.save()
+                self._await_writer()
+            raise
         finally:
             try:
                 self.writer.close()
@@ -144,18 +158,12 @@ class Trainer:
         self.interruption.check()
         self.status.update(state="training")
         k, self._action = self.progress.step, "update"
-        set_rates(self.optimizer, self.schedule.learning_rate(k), self.schedule.weight_decay(k))
         started = time.perf_counter()
         batch = self.loader.batch(self.progress.samples)
         data_s = time.perf_counter() - started
-        result = self.stepper(batch, partial(self._judge, k, batch))
+        result = self.train_step(batch, partial(self._judge, k, batch))
         self.recorder.clock.count(result.targets, time.perf_counter() - started, data_s)
-        self.progress.step += 1
-        self.progress.samples += self.settings.training.batch_size
-        self.progress.tokens += result.targets
         self.progress.elapsed_s = self.recorder.clock.elapsed()
-        if not result.skipped:
-            self.progress.accept(result.loss)
         if self._action == "roll_back":
             self._roll_back()
             return
@@ -173,6 +181,23 @@ class Trainer:
         if self._is_due(self.settings.training.checkpoint_every_steps, step) or self._near_boundary(step):
             self.save()
         self._look_at_writer()
+
+    def train_step(self, batch: Batch, judge: Judge) -> StepResult:
+        """Set the rates, make the update if the judge allows it, and move on; nothing is logged or saved.
+
+        Args:
+            batch: That of `progress.samples`.
+            judge: Asked while the gradients are there.
+        """
+        k = self.progress.step
+        set_rates(self.optimizer, self.schedule.learning_rate(k), self.schedule.weight_decay(k))
+        result = self.stepper(batch, judge)
+        self.progress.step += 1
+        self.progress.samples += self.settings.training.batch_size
+        self.progress.tokens += result.targets
+        if not result.skipped:
+            self.progress.accept(result.loss)
+        return result
 
     def is_evaluated(self) -> bool:
         """Whether the evaluation that is due at this step, if any, has been made; a signal may have cut it off."""
@@ -221,13 +246,13 @@ class Trainer:
             pinned = "stage boundary"
         elif step == self.total_steps:
             pinned = "end"
-        evaluation, best_loss = self.progress.last_evaluation, self.progress.best_loss
-        is_best = evaluation.get("step") == step and (best_loss is None or evaluation["loss"] < best_loss)
-        pointers = ["last", *(["best"] if is_best else []), *(["final"] if step == self.total_steps else [])]
-        before, self.progress.best_loss = best_loss, evaluation["loss"] if is_best else best_loss
+        evaluation, before = self.progress.last_evaluation, self.progress.best_loss
+        if evaluation.get("step") == step and (before is None or evaluation["loss"] < before):
+            self.progress.best_loss = evaluation["loss"]
         self.recorder.flush()
+        self._samples_saved = self.progress.samples
         try:
-            self._saved(self.writer.submit(step, self._contents(), pinned, pointers, self._anchors()))
+            self._saved(self.writer.submit(step, self._contents(), pinned, self._pointers(), self._anchors()))
         except StorageFault as error:
             self.progress.best_loss = before
             self._storage_failed(error)
@@ -236,6 +261,24 @@ class Trainer:
             self._roll_back()
             return
         self._last_saved = step
+
+    def settle(self, saved: Opened) -> None:
+        """Do what follows a save, pointers and retention, for one that a process was killed right after.
+
+        Raises:
+            StorageFault: The folder cannot be written.
+        """
+        root, training, step = self.run_directory.checkpoints, self.settings.training, self.progress.step
+        for name in self._pointers():
+            checkpoint.point(root, name, saved.path)
+        kept = {step, *self._anchors()}
+        checkpoint.prune(root, training.keep_last, training.keep_every, self.run_directory.id, step + 1, kept)
+
+    def _pointers(self) -> list[str]:
+        """Names of the pointers to a checkpoint of this step."""
+        step, evaluation = self.progress.step, self.progress.last_evaluation
+        is_best = evaluation.get("step") == step and evaluation["loss"] == self.progress.best_loss
+        return ["last", *(["best"] if is_best else []), *(["final"] if step == self.total_steps else [])]
 
     def _judge(self, k: int, batch: Batch, result: StepResult) -> bool:
         """Ask the detector about a gradient; what it finds is recorded with evidence before anything changes."""
@@ -330,6 +373,7 @@ class Trainer:
             self._failed_saves = 0
             roll_back.forget(self.run_directory.checkpoints, len(self.progress.roll_backs))
             self.status.update(last_checkpoint=saved.step)
+            self.loader.release(self._samples_saved)
 
     def _storage_failed(self, error: StorageFault) -> None:
         """Go on without this checkpoint; the second failure in a row ends the run, while the last good one is young."""
