@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from ternlm import checkpoint
 from ternlm.data.preparation import Prepared
 from ternlm.device import choose_device
+from ternlm.errors import TernlmError
 from ternlm.evaluation.evaluate import evaluate
 from ternlm.run_directory import RunDirectory, read_jsonl
 from ternlm.settings.resolve import Layer, Resolved, resolve
@@ -96,7 +97,7 @@ def _checked(name: str, look: Callable[[], str]) -> Check:
     """A look that returns what it found, or fails with what is wrong."""
     try:
         return Check(name, True, look())
-    except (AssertionError, OSError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+    except (TernlmError, AssertionError, OSError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         return Check(name, False, str(error) or type(error).__name__)
 
 
@@ -118,8 +119,9 @@ def _provenance(run: RunDirectory, settings: RunSettings) -> str:
     _require(len(sittings) == 2, f"{len(sittings)} sittings instead of 2")
     _require(sittings[0]["seeds"]["run"] == settings.training.seed, "the seed is not recorded")
     _require("torch" in sittings[0]["packages"], "package versions are missing")
-    commit = (sittings[0]["git"] or {}).get("commit") or "no git repository"
-    return f"2 sittings, torch {sittings[0]['packages']['torch']}, {commit[:12]}"
+    git = sittings[0]["git"]["ternlm"] or sittings[0]["git"]["working_directory"]
+    commit = f"commit {git['commit'][:12]}" if git else "no git repository"
+    return f"2 sittings, torch {sittings[0]['packages']['torch']}, {commit}"
 
 
 def _data(run: RunDirectory, settings: RunSettings) -> str:
