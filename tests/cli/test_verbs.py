@@ -18,6 +18,7 @@ VERBS = [
     ["demo"],
     ["train"],
     ["resume"],
+    ["replay"],
     ["plan"],
     ["recipes"],
     ["evaluate"],

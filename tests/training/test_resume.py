@@ -245,9 +245,7 @@ def test_a_checkpoint_of_another_shape_is_refused(tmp_path: Path, prepared: Prep
     values = settings(tmp_path).model_dump(mode="json")
     values["model"]["intermediate_size"] = 48
     with pytest.raises(CheckpointError, match="shape"):
-        launch.start(
-            Resolved(values, {}), run, given(prepared), whole.checkpoints / "step_000009", quiet=True
-        )
+        launch.start(Resolved(values, {}), run, given(prepared), whole.checkpoints / "step_000009", quiet=True)
 
 
 def test_an_existing_run_is_not_started_again(tmp_path: Path, prepared: Prepared) -> None:
@@ -263,9 +261,7 @@ def test_settings_and_their_origins_are_saved_with_the_run(tmp_path: Path, prepa
     run = run_in(tmp_path, "r")
     values = settings(tmp_path, training={"max_steps": 1}).model_dump(mode="json")
     values["model"]["vocab_size"] = None
-    launch.start(
-        Resolved(values, {"training.max_steps": "command line"}), run, given(prepared), quiet=True
-    )
+    launch.start(Resolved(values, {"training.max_steps": "command line"}), run, given(prepared), quiet=True)
     assert json.loads(run.config_origin.read_text()) == {"training.max_steps": "command line"}
     saved = launch.read_mapping(run.config)
     assert saved["model"]["vocab_size"] == 256, "resolved, not as written"

@@ -1,7 +1,6 @@
 """Going back: bad data lead to an earlier checkpoint and past them, and being killed on the way changes nothing."""
 
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,6 +165,6 @@ def test_an_intent_that_cannot_be_read_is_not_guessed(tmp_path: Path) -> None:
         (tmp_path / "rollback.json").write_text(content)
         with pytest.raises(CheckpointError, match="damaged"):
             roll_back.unfinished(tmp_path)
-    os.unlink(tmp_path / "rollback.json")
+    (tmp_path / "rollback.json").unlink()
     assert roll_back.unfinished(tmp_path) is None
     assert not roll_back.complete(tmp_path, Progress())

@@ -105,7 +105,6 @@ def test_a_processor_is_measured_by_its_fastest_product_on_one_thread(
     module._measured.cache_clear()
 
 
-
 def test_measuring_a_processor_leaves_the_random_state_alone() -> None:
     state = torch.get_rng_state()
     peak = peak_flops(torch.device("cpu"))

@@ -16,6 +16,7 @@ from ternlm.cli import (
     inspect,
     plan,
     recipes,
+    replay,
     resume,
     runs,
     status,
@@ -73,6 +74,7 @@ _START, _MODEL, _DATA, _MACHINE = "Start", "Use a model", "Data", "This machine"
 app.command("demo", rich_help_panel=_START)(demo.demo)
 app.command("train", rich_help_panel=_START)(train.train)
 app.command("resume", rich_help_panel=_START)(resume.resume)
+app.command("replay", rich_help_panel=_START)(replay.replay)
 app.command("status", rich_help_panel=_START)(status.status)
 app.command("watch", hidden=True)(status.watch)
 app.command("runs", rich_help_panel=_START)(runs.runs)

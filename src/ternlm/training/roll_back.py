@@ -72,6 +72,7 @@ def complete(root: Path, progress: Progress) -> bool:
         return False
     progress.roll_backs = list(intent["roll_backs"])
     progress.samples = progress.roll_backs[-1]["samples_to"]
+    progress.best_loss = None  # what was best may be among the abandoned
     return True
 
 

@@ -127,7 +127,7 @@ class Trainer:
         """
         if self.settings.training.compile:
             self.status.update(state="compiling")
-            compile_blocks(self.model, self._one_micro_batch, self._say)
+            compile_blocks(self.model, self.warm_up, self._say)
         self.recorder.start(self.device, self._facts())
         self.model.train()
         if self._is_due(self.settings.tracking.ternary_every_steps, self.progress.step):
@@ -509,7 +509,7 @@ class Trainer:
             self._say(complaint)
         self._complaint = complaint
 
-    def _one_micro_batch(self) -> None:
+    def warm_up(self) -> None:
         """A training and an evaluation pass whose results are thrown away, to compile with."""
         batch = self.loader.batch(self.progress.samples, self.stepper.micro_batch_size)
         self.model.train()(batch.tokens).logits.float().mean().backward()
