@@ -60,7 +60,7 @@ def main() -> None:
         account.clear()
         pairs = alternate(loops, arguments.steps // arguments.block, arguments.block)
         with account.everything():
-            full.writer.close()
+            full.saves.writer.close()
             full.recorder.close()
     result = {
         "date": f"{datetime.now(UTC):%Y-%m-%d}", "recipe": arguments.recipe, "settings": arguments.settings,
@@ -130,7 +130,7 @@ class Account:
     def settle(self) -> None:
         """Let the checkpoint that is being written end."""
         with self.everything():
-            self._trainer.writer.wait()
+            self._trainer.saves.writer.wait()
 
     @contextmanager
     def everything(self) -> Iterator[None]:

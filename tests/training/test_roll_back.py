@@ -145,12 +145,12 @@ def test_r18_weights_that_are_not_finite_are_never_saved_and_left_at_once(
 ) -> None:
     save, poisoned = Trainer.save, []
 
-    def poisoning(self: Trainer, pinned: str | None = None) -> None:
+    def poisoning(self: Trainer) -> None:
         if self.progress.step == 12 and not poisoned:
             poisoned.append(True)
             with torch.no_grad():
                 self.model.get_parameter("model.norm.weight")[3] = math.nan
-        save(self, pinned)
+        save(self)
 
     monkeypatch.setattr(Trainer, "save", poisoning)
     run = start(tmp_path / "run", prepared)

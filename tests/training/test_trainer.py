@@ -429,14 +429,14 @@ def test_l11_a_disk_error_at_any_operation_of_a_save_is_typed_and_keeps_a_good_c
     root = trainer.run_directory.checkpoints
     failures = 0
     for n in range(1, 300):
-        trainer._failed_saves = 0
+        trainer.saves._failed = 0
         trainer.progress.step += 1
         trainer.progress.last_evaluation = {"step": trainer.progress.step, "loss": -float(n), "bpb": 1.0}
         with monkeypatch.context() as patch:
             fault = Fault(patch.setattr, n, sticks)
             trainer.save()
-            trainer._await_writer()
-        failures += trainer._failed_saves
+            trainer.saves.wait()
+        failures += trainer.saves._failed
         if not fault.met:
             break
         assert checkpoint.newest_valid(root).name >= "step_000006"
@@ -450,7 +450,7 @@ def test_l11_two_checkpoints_in_a_row_that_cannot_be_written_end_the_run(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = make(training={"checkpoint_every_steps": 2, "max_steps": 20})
-    trainer.writer.asynchronous = False
+    trainer.saves.writer.asynchronous = False
     free = collections.namedtuple("usage", "total used free")
     full = {"is_full": False}
     usage = shutil.disk_usage

@@ -78,7 +78,7 @@ def start(
             _say_start(trainer, source)
             if source is not None:
                 trainer.save()  # killed before its own first checkpoint, the branch must not restart from nothing
-                trainer.writer.wait()
+                trainer.saves.finish()
             return trainer.run()
     finally:
         prepared.corpus.close()
@@ -126,7 +126,7 @@ def resume(run: RunDirectory, overrides: Mapping[str, Any], prepare: Prepare, qu
             status = StatusFile(run, print)
             trainer = Trainer(settings, prepared.corpus, prepared.tokenizer, run, first, quiet, status)
             if first is not None:
-                trainer.settle(first)
+                trainer.saves.settle(first)
             if trainer.progress.step >= trainer.total_steps and trainer.is_evaluated():
                 _say_complete(trainer)
                 return trainer.progress

@@ -2,7 +2,6 @@
 
 import math
 import time
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -41,12 +40,12 @@ from ternlm.training.optimizer import build_optimizer, load_optimizer_tensors, o
 from ternlm.training.plan import activation_bytes
 from ternlm.training.progress import Progress
 from ternlm.training.recorder import Recorder
+from ternlm.training.saves import Saves
 from ternlm.training.schedule import Schedule
 from ternlm.training.settings import RunSettings
 from ternlm.training.status import StatusFile
 from ternlm.training.step import Judge, Stepper, StepResult
 
-MOST_FAILED_SAVES = 2
 MEMORY_SHARE = 0.4
 """Of the machine's memory, what the activations of one micro-batch may be estimated at."""
 
@@ -107,9 +106,8 @@ class Trainer:
         if resume_from is not None:
             self._restore(resume_from)
         self.recorder = Recorder(run, settings, self.schedule, self.progress, self.status, quiet)
-        self.writer = checkpoint.Writer(run.checkpoints, training.keep_last, training.keep_every)
-        self._last_saved = self.progress.step if resume_from is not None else -1
-        self._failed_saves = self._samples_saved = 0
+        self.saves = Saves(run, settings, self.schedule, self.progress, self.recorder.event)
+        self.saves.last_step = self.progress.step if resume_from is not None else -1
         self._action = "update"
         self._last_row_s = self.progress.elapsed_s
         self._complaint: str | None = None
@@ -142,13 +140,13 @@ class Trainer:
         except (Interrupted, Preempted):
             raise self._saved_after_signal() from None
         except DataError:  # what was trained so far is not lost with the source
-            if self._last_saved != self.progress.step:
+            if self.saves.last_step != self.progress.step:
                 self.save()
-                self._await_writer()
+                self.saves.wait()
             raise
         finally:
             try:
-                self.writer.close()
+                self.saves.writer.close()
             except StorageFault as error:  # what ended the run matters more
                 self._say(str(error))
             self.recorder.close()
@@ -178,9 +176,9 @@ class Trainer:
             self.evaluate()
         if self._is_due(self.settings.evaluation.sample_every_steps, step):
             self.sample()
-        if self._is_due(self.settings.training.checkpoint_every_steps, step) or self._near_boundary(step):
+        if self.saves.are_due(step):
             self.save()
-        self._look_at_writer()
+        self._saved(self.saves.look())
 
     def train_step(self, batch: Batch, judge: Judge) -> StepResult:
         """Set the rates, make the update if the judge allows it, and move on; nothing is logged or saved.
@@ -234,51 +232,19 @@ class Trainer:
         self.recorder.samples(rows)
         self._note(self.detector.judge_samples(self.progress.step, rows))
 
-    def save(self, pinned: str | None = None) -> None:
-        """Begin to write a checkpoint of this step; it is on disk once `writer.wait` returns.
+    def save(self) -> None:
+        """Begin to write a checkpoint of this step; it is on disk once `saves.finish` returns.
 
         Raises:
             Diverged: Weights are not finite and there is nothing to return to.
             StorageFault: This is the second checkpoint in a row that could not be written.
         """
-        step = self.progress.step
-        if self._near_boundary(step):
-            pinned = "stage boundary"
-        elif step == self.total_steps:
-            pinned = "end"
-        evaluation, before = self.progress.last_evaluation, self.progress.best_loss
-        if evaluation.get("step") == step and (before is None or evaluation["loss"] < before):
-            self.progress.best_loss = evaluation["loss"]
         self.recorder.flush()
-        self._samples_saved = self.progress.samples
         try:
-            self._saved(self.writer.submit(step, self._contents(), pinned, self._pointers(), self._anchors()))
-        except StorageFault as error:
-            self.progress.best_loss = before
-            self._storage_failed(error)
+            self._saved(self.saves.begin(self._contents))
         except Diverged as error:
-            self.recorder.event(Event("nan_inf_state", step, "error", str(error), "roll_back", {}))
+            self.recorder.event(Event("nan_inf_state", self.progress.step, "error", str(error), "roll_back", {}))
             self._roll_back()
-            return
-        self._last_saved = step
-
-    def settle(self, saved: Opened) -> None:
-        """Do what follows a save, pointers and retention, for one that a process was killed right after.
-
-        Raises:
-            StorageFault: The folder cannot be written.
-        """
-        root, training, step = self.run_directory.checkpoints, self.settings.training, self.progress.step
-        for name in self._pointers():
-            checkpoint.point(root, name, saved.path)
-        kept = {step, *self._anchors()}
-        checkpoint.prune(root, training.keep_last, training.keep_every, self.run_directory.id, step + 1, kept)
-
-    def _pointers(self) -> list[str]:
-        """Names of the pointers to a checkpoint of this step."""
-        step, evaluation = self.progress.step, self.progress.last_evaluation
-        is_best = evaluation.get("step") == step and evaluation["loss"] == self.progress.best_loss
-        return ["last", *(["best"] if is_best else []), *(["final"] if step == self.total_steps else [])]
 
     def _judge(self, k: int, batch: Batch, result: StepResult) -> bool:
         """Ask the detector about a gradient; what it finds is recorded with evidence before anything changes."""
@@ -304,9 +270,9 @@ class Trainer:
         Raises:
             Diverged: There is no checkpoint to return to, or the allowance is used up.
         """
-        self._await_writer()
+        self._saved(self.saves.wait())
         policy, root, step = self.settings.anomaly, self.run_directory.checkpoints, self.progress.step
-        opened = self._checkpoint_before(step - policy.roll_back_steps)
+        opened = self.saves.before(step - policy.roll_back_steps)
         if opened is None:
             raise Diverged(f"there is no checkpoint to go back to at step {step}. {LOWER_RATE}")
         passed_over = policy.skip_batches * self.settings.training.batch_size
@@ -319,22 +285,7 @@ class Trainer:
         passed = entry["samples_to"] - entry["samples_from"]
         message = f"back from step {step} to step {saved_at.step}, and on past {passed:,} sequences"
         self.recorder.event(Event("roll_back", step, "error", message, "roll_back", {}))
-        self._last_saved = self.progress.step
-
-    def _checkpoint_before(self, limit: int) -> Opened | None:
-        """The newest valid checkpoint that is old enough, or else the oldest valid one."""
-        root = self.run_directory.checkpoints
-        steps = checkpoint.steps(root)
-        for step in sorted((s for s in steps if s <= limit), reverse=True) + [s for s in steps if s > limit]:
-            with suppress(CheckpointError):
-                return checkpoint.open_checkpoint(checkpoint.folder(root, step))
-        return None
-
-    def _anchors(self) -> set[int]:
-        """The checkpoint that a roll-back from here would return to, which is not to be pruned."""
-        limit = self.progress.step - self.settings.anomaly.roll_back_steps
-        old_enough = [step for step in checkpoint.steps(self.run_directory.checkpoints) if step <= limit]
-        return set(old_enough[-1:])
+        self.saves.last_step = self.progress.step
 
     def _log_step(self, k: int, result: StepResult) -> None:
         row = self.recorder.step(k, result, self.loader.epoch(self.progress.samples), self.corpus.bytes_per_token())
@@ -355,32 +306,10 @@ class Trainer:
         rate = self.schedule.learning_rate(k)
         self._note(self.detector.judge_ternary(self.progress.step, row, rate, is_flat))
 
-    def _look_at_writer(self) -> None:
-        """Say within one step what became of the last checkpoint."""
-        try:
-            self._saved(self.writer.poll())
-        except StorageFault as error:
-            self._storage_failed(error)
-
-    def _await_writer(self) -> None:
-        try:
-            self._saved(self.writer.wait())
-        except StorageFault as error:
-            self._storage_failed(error)
-
     def _saved(self, saved: checkpoint.Saved | None) -> None:
         if saved is not None:
-            self._failed_saves = 0
-            roll_back.forget(self.run_directory.checkpoints, len(self.progress.roll_backs))
             self.status.update(last_checkpoint=saved.step)
-            self.loader.release(self._samples_saved)
-
-    def _storage_failed(self, error: StorageFault) -> None:
-        """Go on without this checkpoint; the second failure in a row ends the run, while the last good one is young."""
-        self._failed_saves += 1
-        self.recorder.event(Event("disk_low", self.progress.step, "error", str(error), "warn", {}))
-        if self._failed_saves >= MOST_FAILED_SAVES:
-            raise error
+            self.loader.release(self.saves.samples)
 
     def _build_model(self) -> LanguageModel:
         training = self.settings.training
@@ -446,18 +375,14 @@ class Trainer:
             self.tokenizer,
         )
 
-    def _near_boundary(self, step: int) -> bool:
-        """Whether `step` completed updates are right before or right after a stage's first update."""
-        return any(step in (boundary, boundary + 1) for boundary in self.schedule.boundaries())
-
     def _is_due(self, every: int | None, step: int) -> bool:
         """Whether something done every so many steps, and at the end, is done now."""
         return every is not None and (step % every == 0 or step == self.total_steps)
 
     def _finish(self) -> None:
-        if self._last_saved != self.progress.step:
+        if self.saves.last_step != self.progress.step:
             self.save()
-        self._saved(self.writer.wait())
+        self.saves.finish()
         if self.progress.step < self.total_steps:
             limit = short_duration(self.settings.training.max_time or 0)
             self.status.update(reason="training.max_time")
@@ -469,9 +394,9 @@ class Trainer:
         )
 
     def _saved_after_signal(self) -> TernlmError:
-        if self._last_saved != self.progress.step and self.progress.step > 0:
+        if self.saves.last_step != self.progress.step and self.progress.step > 0:
             self.save()
-        self._saved(self.writer.wait())
+        self.saves.finish()
         where = self.run_directory.path
         return self.interruption.error(
             f"saved at step {self.progress.step}. Continue with: ternlm resume {where}"
