@@ -362,3 +362,19 @@ def test_a_branch_killed_before_its_first_checkpoint_resumes_from_where_it_branc
     resume(branch, prepared)
     finals = [checkpoint.read_training_state(run.checkpoints / f"step_{STEPS:06d}")[0] for run in (whole, branch)]
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
+
+
+def test_a_stream_that_is_refused_leaves_no_folder(tmp_path: Path, prepared: Prepared) -> None:
+    def refuse(settings: RunSettings, folder: Path) -> Prepared:
+        folder.mkdir(parents=True)
+        (folder / "block-000000.bin").write_bytes(b"1")
+        raise CheckpointError("no such column")
+
+    values = settings(tmp_path).model_dump(mode="json")
+    for kept in (False, True):
+        run = run_in(tmp_path, "r")
+        if kept:
+            run.path.mkdir(parents=True)
+        with pytest.raises(CheckpointError, match="no such column"):
+            launch.start(Resolved(values, {}), run, refuse, quiet=True)
+        assert run.path.exists() is kept

@@ -1,5 +1,6 @@
 """From settings to a trained run: starting one, resuming one, and branching one from a checkpoint."""
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,8 +65,7 @@ def start(
     settings = settings_from(resolved)
     _set_up(settings)
     source = checkpoint.open_checkpoint(resume_from) if resume_from is not None else None
-    prepared = prepare(settings, run.stream)
-    try:
+    with _opened_data(settings, run, prepare) as prepared:
         settings = with_vocab_size(settings, prepared)
         if source is not None:
             _require_same_tokenizer(source, prepared)
@@ -80,8 +80,6 @@ def start(
                 trainer.save()  # killed before its own first checkpoint, the branch must not restart from nothing
                 trainer.saves.finish()
             return trainer.run()
-    finally:
-        prepared.corpus.close()
 
 
 @contextmanager
@@ -117,8 +115,7 @@ def resume(run: RunDirectory, overrides: Mapping[str, Any], prepare: Prepare, qu
         checkpoint.remove_unfinished(run.checkpoints)
         roll_back.settle(run.checkpoints)
         first = checkpoint.open_newest(run.checkpoints, print) if checkpoint.steps(run.checkpoints) else None
-        prepared = prepare(settings, run.stream)
-        try:
+        with _opened_data(settings, run, prepare) as prepared:
             settings = with_vocab_size(settings, prepared)
             if first is not None:
                 _require_same_tokenizer(first, prepared)
@@ -140,8 +137,6 @@ def resume(run: RunDirectory, overrides: Mapping[str, Any], prepare: Prepare, qu
                 _say_moved_schedule(trainer, RunSettings.from_mapping(saved.values))
                 _say_start(trainer, first)
                 return trainer.run()
-        finally:
-            prepared.corpus.close()
 
 
 def with_vocab_size(settings: RunSettings, prepared: Prepared) -> RunSettings:
@@ -165,6 +160,21 @@ def with_vocab_size(settings: RunSettings, prepared: Prepared) -> RunSettings:
 def _set_up(settings: RunSettings) -> None:
     training = settings.training
     set_up(choose_device(training.device), training.threads, training.deterministic)
+
+
+@contextmanager
+def _opened_data(settings: RunSettings, run: RunDirectory, prepare: Prepare) -> Iterator[Prepared]:
+    """The data of a run, closed at the end; of a run that was refused before it began nothing stays."""
+    was_there = run.path.exists()
+    try:
+        prepared = prepare(settings, run.stream)
+        try:
+            yield prepared
+        finally:
+            prepared.corpus.close()
+    finally:
+        if not was_there and not run.config.exists():
+            shutil.rmtree(run.path, ignore_errors=True)
 
 
 def _write_settings(run: RunDirectory, settings: RunSettings, origins: Mapping[str, str]) -> None:
