@@ -32,6 +32,7 @@ VERBS = [
     ["data"],
     ["data", "prepare"],
     ["data", "stats"],
+    ["data", "verify"],
     ["data", "list"],
     ["tokenizer"],
     ["tokenizer", "train"],

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from builders import tiny_data_settings
 from ternlm.data import DataSettings, default_directory, load_corpus, prepare, shards
-from ternlm.data.corpus import token_dtype
+from ternlm.data.corpus import Corpus, token_dtype
+from ternlm.data.preparation import prepare_data
 from ternlm.errors import DataError, Interrupted
-from ternlm.tokenizers import ByteTokenizer, train_bpe
+from ternlm.tokenizers import ByteTokenizer, TokenizerSettings, train_bpe
 
 BYTE = ByteTokenizer()
 
@@ -278,3 +280,16 @@ def test_the_manifest_says_what_was_made(tmp_path: Path, data: DataSettings) -> 
     assert manifest["source"]["source"] == data.source
     assert load_corpus(tmp_path / "out").split("test").eval_id == manifest["splits"]["test"]["eval_id"]
     assert not (tmp_path / "out" / "progress.json").exists()
+
+
+def test_a_run_notices_a_flipped_bit_in_a_shard_before_it_trains_on_it(tmp_path: Path) -> None:
+    data = tiny_data_settings(tmp_path)
+    prepared = prepare_data(data, TokenizerSettings(), verify=True)
+    assert isinstance(prepared.corpus, Corpus)
+    (shard,) = (prepared.corpus.directory / "train").glob("shard-*.bin")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    prepare_data(data, TokenizerSettings())  # by its size nothing is wrong
+    with pytest.raises(DataError, match="sha256"):
+        prepare_data(data, TokenizerSettings(), verify=True)

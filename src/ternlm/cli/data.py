@@ -7,7 +7,8 @@ import typer
 from ternlm.cli.options import Json, prepare_with_bar, print_json
 
 if TYPE_CHECKING:
-    from ternlm.data.preparation import Prepared
+    from ternlm.data.corpus import Corpus
+    from ternlm.tokenizers import Tokenizer
 
 app = typer.Typer(help="Prepare, count and list corpora.", no_args_is_help=True)
 
@@ -43,8 +44,7 @@ def prepare(
         "source": source, "text_column": text_column, "encoding_errors": encoding_errors,
         "sequence_length": sequence_length, "max_tokens": tokens, "max_documents": max_documents,
     }  # fmt: skip
-    prepared = _prepare(given, tokenizer, vocab_size)
-    _print(prepared, sequence_length, as_json=False)
+    _print(*_prepare(given, tokenizer, vocab_size), sequence_length, as_json=False)
     typer.echo(f"next: ternlm train bitnet-1m --data {source} --tokenizer {tokenizer}")
 
 
@@ -65,7 +65,27 @@ def stats(
         "source": source, "text_column": text_column, "encoding_errors": encoding_errors,
         "sequence_length": sequence_length, "max_tokens": tokens, "max_documents": max_documents,
     }  # fmt: skip
-    _print(_prepare(given, tokenizer, vocab_size), sequence_length, as_json)
+    _print(*_prepare(given, tokenizer, vocab_size), sequence_length, as_json)
+
+
+@app.command()
+def verify(
+    source: Source,
+    tokenizer: TokenizerName = "byte",
+    vocab_size: VocabSize = 4096,
+    tokens: Tokens = None,
+    max_documents: Documents = None,
+    text_column: Column = "text",
+    encoding_errors: Encoding = "strict",
+) -> None:
+    """Compare every shard of a prepared corpus with its sha256; every run does so when it starts."""
+    given = {
+        "source": source, "text_column": text_column, "encoding_errors": encoding_errors,
+        "max_tokens": tokens, "max_documents": max_documents,
+    }  # fmt: skip
+    corpus, _ = _prepare(given, tokenizer, vocab_size)
+    corpus.verify()
+    typer.echo(f"{corpus.directory}: every file is what was prepared")
 
 
 @app.command("list")
@@ -82,24 +102,25 @@ def list_corpora(as_json: Json = False) -> None:
     typer.echo("\nAlso: a file, a folder, a glob of .txt .md .jsonl .parquet, or hf:owner/name[:config].")
 
 
-def _prepare(given: dict[str, Any], tokenizer: str, vocab_size: int) -> "Prepared":
+def _prepare(given: dict[str, Any], tokenizer: str, vocab_size: int) -> "tuple[Corpus, Tokenizer]":
     from ternlm.data import DataSettings
+    from ternlm.data.corpus import Corpus
     from ternlm.tokenizers import TokenizerSettings
 
     settings = DataSettings.from_mapping(given, "data")
     named = TokenizerSettings.from_mapping({"name": tokenizer, "vocab_size": vocab_size}, "tokenizer")
-    return prepare_with_bar(settings, named)
+    prepared = prepare_with_bar(settings, named)
+    assert isinstance(prepared.corpus, Corpus)  # only runs stream
+    return prepared.corpus, prepared.tokenizer
 
 
-def _print(prepared: "Prepared", sequence_length: int, as_json: bool) -> None:
+def _print(corpus: "Corpus", tokenizer: "Tokenizer", sequence_length: int, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from ternlm.data import statistics
-    from ternlm.data.corpus import Corpus
 
-    assert isinstance(prepared.corpus, Corpus)  # only runs stream
-    counted = statistics(prepared.corpus, sequence_length)
+    counted = statistics(corpus, sequence_length)
     if as_json:
         print_json(counted)
         return
@@ -110,7 +131,7 @@ def _print(prepared: "Prepared", sequence_length: int, as_json: bool) -> None:
     for key in next(iter(counted.values())):
         values = [split[key] for split in counted.values()]
         table.add_row(key.replace("_", " "), *map(_cell, values))
-    typer.echo(f"{prepared.corpus.directory}  (tokenizer {prepared.tokenizer.name})")
+    typer.echo(f"{corpus.directory}  (tokenizer {tokenizer.name})")
     Console(highlight=False).print(table)
 
 

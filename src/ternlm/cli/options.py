@@ -91,7 +91,7 @@ def prepare_with_bar(data: "DataSettings", tokenizer: "TokenizerSettings", folde
     with interruption.watched():
         try:
             stopped = lambda: interruption.received is not None  # noqa: E731
-            return prepare_data(data, tokenizer, line.progress, stopped, line.say, folder)
+            return prepare_data(data, tokenizer, line.progress, stopped, line.say, folder, verify=folder is not None)
         except Interrupted as error:
             raise interruption.error(str(error)) from None
         finally:

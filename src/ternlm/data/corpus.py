@@ -257,6 +257,15 @@ class Corpus:
         stream = self.split("train")
         return [int(token) for token in stream.read(0, min(n, len(stream)))]
 
+    def verify(self) -> None:
+        """Compare every file of every split with its sha256.
+
+        Raises:
+            DataError: One is not what was prepared.
+        """
+        for name in self.splits:
+            self.split(name).verify()
+
     def close(self) -> None:
         """Nothing to do; a `StreamedCorpus` has a thread to end."""
 
@@ -282,8 +291,7 @@ def load_corpus(directory: Path, verify: bool = False) -> Corpus:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"{directory / MANIFEST} is damaged ({error!r}). {_AGAIN}") from None
     if verify:
-        for name in corpus.splits:
-            corpus.split(name).verify()
+        corpus.verify()
     return corpus
 
 

@@ -30,6 +30,7 @@ def prepare_data(
     should_stop: Callable[[], bool] = lambda: False,
     say: Callable[[str], None] = lambda text: None,
     folder: Path | None = None,
+    verify: bool = False,
 ) -> Prepared:
     """Load or train the tokenizer, then tokenize the corpus unless that was done before, or begin to stream it.
 
@@ -39,6 +40,7 @@ def prepare_data(
         progress, should_stop: As `prepare` takes them.
         say: Called with a sentence before something slow begins.
         folder: Where a stream keeps its blocks, with `data.stream`; a run's own.
+        verify: Compare shards that were there already with their sha256 (about a second per gigabyte).
 
     Raises:
         DataError, TokenizerError: As `prepare`, `open_stream` and `load_tokenizer` raise them.
@@ -54,9 +56,13 @@ def prepare_data(
             )
         return Prepared(open_stream(data, loaded, folder, progress, should_stop, say), loaded)
     directory = default_directory(data, loaded)
-    if not (directory / "manifest.json").exists():
+    is_new = not (directory / "manifest.json").exists()
+    if is_new:
         say(f"preparing '{data.source}' in {directory}")
-    return Prepared(prepare(data, loaded, directory, progress, should_stop, patience), loaded)
+    corpus = prepare(data, loaded, directory, progress, should_stop, patience)
+    if verify and not is_new:
+        corpus.verify()
+    return Prepared(corpus, loaded)
 
 
 def _trained(data: DataSettings, vocab_size: int, patience: Patience) -> Tokenizer:

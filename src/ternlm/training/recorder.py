@@ -106,8 +106,9 @@ class Recorder:
     def samples(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
             self.log("sample", {**self._row(), **row})
-        shown = [{"mode": r["mode"], "prompt": r["prompt"], "text": r["generated_text"][:200]} for r in rows]
-        self.status.update(samples=shown)
+        first = {row["mode"]: row for row in reversed(rows)}  # of each mode, its first prompt
+        shown = [{"mode": r["mode"], "prompt": r["prompt"], "text": r["generated_text"][:200]} for r in first.values()]
+        self.status.update(samples=shown[::-1])
 
     def ternary(self, row: Mapping[str, Any]) -> None:
         if row:
