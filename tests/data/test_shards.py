@@ -286,7 +286,7 @@ def test_a_run_notices_a_flipped_bit_in_a_shard_before_it_trains_on_it(tmp_path:
     data = tiny_data_settings(tmp_path)
     prepared = prepare_data(data, TokenizerSettings(), verify=True)
     assert isinstance(prepared.corpus, Corpus)
-    (shard,) = (prepared.corpus.directory / "train").glob("shard-*.bin")
+    shard = min((prepared.corpus.directory / "train").glob("shard-*.bin"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
