@@ -21,7 +21,7 @@ BYTE = ByteTokenizer()
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD_TOKENS", 1000)
     monkeypatch.setattr(shards, "COMMIT_TOKENS", 900)
-    monkeypatch.setattr(shards, "BATCH_CHARACTERS", 150)
+    monkeypatch.setattr("ternlm.data.documents.BATCH_CHARACTERS", 150)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from streams import (
     windows,
     write_dataset,
 )
-from ternlm.data import DataSettings, blocks, open_corpus, prepare, tape
+from ternlm.data import DataSettings, blocks, open_corpus, prepare
 from ternlm.data.blocks import BlockStore
 from ternlm.data.loader import Loader
 from ternlm.data.preparation import prepare_data
@@ -41,7 +41,7 @@ FILES = some_files()
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(tape, "BATCH_CHARACTERS", 700)
+    monkeypatch.setattr("ternlm.data.documents.BATCH_CHARACTERS", 700)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from streams import BLOCK, BYTE, T, close_all, loader_of, opened, some_files, stream_settings, windows, write_dataset
-from ternlm.data import open_corpus, prepare, reader, shards, tape
+from ternlm.data import open_corpus, prepare, reader, shards
 from ternlm.data.hub import HubDataset, HubSource
 from ternlm.data.reader import Patience, Position, read_pass, wait_unless
 from ternlm.errors import DataError, Interrupted
@@ -39,7 +39,7 @@ class FakeTime:
 @pytest.fixture(autouse=True)
 def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(tape, "BATCH_CHARACTERS", 700)
+    monkeypatch.setattr("ternlm.data.documents.BATCH_CHARACTERS", 700)
     monkeypatch.setattr("ternlm.data.hub.ROWS", 5)
     monkeypatch.setattr(reader, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(reader, "LONGEST_WAIT", 0.02)
@@ -218,7 +218,7 @@ def test_a_name_that_was_good_is_not_doubted_when_the_hub_loses_it_for_a_while(
 
 
 def test_preparing_waits_through_failures_as_well(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "BATCH_CHARACTERS", 300)
+    monkeypatch.setattr("ternlm.data.documents.BATCH_CHARACTERS", 300)
     monkeypatch.setattr(shards, "COMMIT_TOKENS", 400)
     data = stream_settings(source).model_copy(update={"stream": False, "max_tokens": 1500})
     calm = prepare(data, BYTE, tmp_path / "calm")

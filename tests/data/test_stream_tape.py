@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from streams import BYTE, some_files, training_tokens
-from ternlm.data import tape
 from ternlm.data.blocks import BlockStore
 from ternlm.data.producer import Producer
 from ternlm.data.reader import DocumentSource, Patience, Position
@@ -28,7 +27,7 @@ def tape_of(texts: list[str], tokenizer=BYTE) -> Tape:
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tape, "BATCH_CHARACTERS", 300)
+    monkeypatch.setattr("ternlm.data.documents.BATCH_CHARACTERS", 300)
 
 
 @pytest.mark.parametrize("size", [2, 7, 33])

@@ -139,8 +139,9 @@ class Preparing(Scene):
 
     def act(self, folder: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in (("SHARD_TOKENS", 200), ("COMMIT_TOKENS", 150), ("BATCH_CHARACTERS", 90)):
-                patch.setattr(shards, name, value)
+            patch.setattr(shards, "SHARD_TOKENS", 200)
+            patch.setattr(shards, "COMMIT_TOKENS", 150)
+            patch.setattr("ternlm.data.documents.BATCH_CHARACTERS", 90)
             prepare(_data(), ByteTokenizer(), folder / "corpus")
 
     def check(self, folder: Path, completed: bool) -> None:

@@ -156,8 +156,9 @@ def small_and_slow() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        for name, value in (("SHARD_TOKENS", 1000), ("COMMIT_TOKENS", 500), ("BATCH_CHARACTERS", 300)):
-            patch.setattr(shards, name, value)
+        patch.setattr(shards, "SHARD_TOKENS", 1000)
+        patch.setattr(shards, "COMMIT_TOKENS", 500)
+        patch.setattr("ternlm.data.documents.BATCH_CHARACTERS", 300)
         yield
 
 

@@ -12,11 +12,13 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 from ternlm.errors import DataError, missing_extra
 
+BATCH_CHARACTERS = 2**20
 DOCUMENT_SEPARATOR = b"<|endoftext|>"
+Label = TypeVar("Label")
 _COMPRESSIONS = (".gz", ".zst")
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 
@@ -44,6 +46,20 @@ def read_documents(source: str, *, text_column: str = "text", encoding_errors: s
                 yield text
     if not found:
         raise DataError(f"'{source}' holds no text: every document is empty. Check the path and its files.")
+
+
+def batches(rows: Iterator[tuple[Label, str]]) -> Iterator[list[tuple[Label, str]]]:
+    """Groups of labelled documents worth encoding together, so that the tokenizer's threads have work."""
+    batch: list[tuple[Label, str]] = []
+    characters = 0
+    for row in rows:
+        batch.append(row)
+        characters += len(row[1])
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def find_files(source: str) -> list[Path]:

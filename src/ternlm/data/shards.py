@@ -34,7 +34,7 @@ from ternlm.data.corpus import (
     seal,
     token_dtype,
 )
-from ternlm.data.documents import find_files
+from ternlm.data.documents import batches, find_files
 from ternlm.data.reader import Patience
 from ternlm.data.settings import DataSettings
 from ternlm.data.writer import SplitWriter
@@ -54,7 +54,6 @@ __all__ = [
 
 SHARD_TOKENS = 2**26
 COMMIT_TOKENS = 2**23
-BATCH_CHARACTERS = 2**20
 _STATE = "progress.json"
 
 
@@ -167,7 +166,7 @@ class _Preparation:
     ) -> None:
         known = self.writers["train"].hashes() if self.stream else np.empty(0, dtype="<u8")
         full = False
-        for batch in _batches(islice(documents, self.consumed, None)):
+        for batch in batches(islice(documents, self.consumed, None)):
             encoded = self.tokenizer.encode_batch([text for _, text in batch])
             for (name, text), ids in zip(batch, encoded, strict=True):
                 full = not self._write_document(name, text, ids, known)
@@ -275,20 +274,6 @@ class _Preparation:
             bytes=sum(writer.bytes for writer in writers),
             elapsed_s=time.monotonic() - self.started,
         )
-
-
-def _batches(documents: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Groups of documents worth encoding together, so that the tokenizer's threads have work."""
-    batch: list[tuple[str, str]] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document[1])
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def source_identity(data: DataSettings) -> str:

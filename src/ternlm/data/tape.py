@@ -12,11 +12,10 @@ import numpy as np
 from ternlm.data.blocks import Block, digest
 from ternlm.data.catalog import document_hash
 from ternlm.data.corpus import token_dtype
+from ternlm.data.documents import batches
 from ternlm.data.reader import Patience, Position, Source, read_pass
 from ternlm.errors import DataError
 from ternlm.tokenizers.interface import Tokenizer
-
-BATCH_CHARACTERS = 2**20
 
 
 class Document(NamedTuple):
@@ -64,7 +63,7 @@ class Tape:
         """
         while True:
             is_empty = True
-            for batch in _batches(self._training_rows(start)):
+            for batch in batches(self._training_rows(start)):
                 self._patience.wait(0)
                 encoded = self._tokenizer.encode_batch([text for _, text in batch])
                 for (position, text), ids in zip(batch, encoded, strict=True):
@@ -122,17 +121,3 @@ class Tape:
             is_training = split == "train" and text and not text.isspace()
             if is_training and document_hash(text.encode()) not in self._held_out:
                 yield position, text
-
-
-def _batches(rows: Iterator[tuple[Position, str]]) -> Iterator[list[tuple[Position, str]]]:
-    """Groups of documents worth encoding together, so that the tokenizer's threads have work."""
-    batch: list[tuple[Position, str]] = []
-    characters = 0
-    for row in rows:
-        batch.append(row)
-        characters += len(row[1])
-        if characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
