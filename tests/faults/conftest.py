@@ -20,7 +20,6 @@ ROWS = pytest.StashKey[list[Row]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "faults: kills, full disks, power cuts, damage, hostile files; make test-faults")
     config.stash[ROWS] = []
 
 

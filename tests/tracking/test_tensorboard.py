@@ -1,6 +1,7 @@
 """TensorBoard: its own reader finds every number, the texts, and after a resume no step twice."""
 
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,33 @@ def test_a_resumed_run_hides_the_steps_it_trains_again(run: RunDirectory) -> Non
         assert tracker.describe() == "tensorboard"
     assert [(event.step, event.value) for event in read(run).Scalars("train/loss")] == [(1, 1.0), (2, 20.0)]
     assert not run.wandb.exists()
+
+
+def test_r16_a_board_that_reads_hard_while_rows_are_written_sees_each_step_once_and_in_order(
+    run: RunDirectory,
+) -> None:
+    tracker, done = TensorBoardTracker(run), threading.Event()
+    tracker.log("train", {"step": 0, "train/loss": 0.0})
+    tracker.flush()
+
+    def write() -> None:
+        for step in range(1, 1500):
+            tracker.log("train", {"step": step, "train/loss": float(step)})
+            if step % 7 == 0:
+                tracker.flush()
+        tracker.close()
+        done.set()
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    board = accumulator.EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0})
+    reads, seen = 0, 0
+    while reads < 1000 or not done.is_set():
+        board.Reload()
+        steps = [event.step for event in board.Scalars("train/loss")] if board.Tags()["scalars"] else []
+        assert steps == list(range(len(steps)))
+        assert len(steps) >= seen
+        reads, seen = reads + 1, len(steps)
+    writer.join()
+    board.Reload()
+    assert len(board.Scalars("train/loss")) == 1500
