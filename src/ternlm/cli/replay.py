@@ -35,10 +35,10 @@ def replay(
     as_json: Json = False,
     runs_dir: RunsDir = None,
 ) -> None:
-    """Train from a checkpoint up to an anomaly again, and compare loss and gradients with its evidence.
+    """Compute the step of an anomaly again, and compare loss and gradients with its evidence.
 
-    Exit code 0 if they are reproduced, so that the cause lies in data, weights or settings; 1 if not. The run is only
-    read; a stream's missing blocks are fetched again.
+    Exit code 0 if they come out the same: the cause lies in data, weights or settings. 1 if not.
+    The run is only read; a stream's missing blocks are fetched again.
     """
     from rich.console import Console
 
