@@ -375,11 +375,12 @@ def test_a_signal_finishes_the_step_saves_it_and_says_how_to_go_on(
     make: Make, number: int, error: type[TernlmError], code: int
 ) -> None:
     handler = signal.getsignal(number)
-    trainer = make()
+    trainer = make(tracking={"every_steps": 100})
     spy(trainer, lambda k: os.kill(os.getpid(), number) if k == 3 else None)
     with pytest.raises(error, match="ternlm resume") as caught:
         trainer.run()
     assert caught.value.exit_code == code
+    assert trainer.status.step == 4, "the status knows the last step, logged or not"
     assert trainer.progress.step == 4, "the step that was running is finished"
     assert checkpoint.newest_valid(trainer.run_directory.checkpoints).name == "step_000004"
     assert signal.getsignal(number) is handler, "handlers are put back"

@@ -145,6 +145,8 @@ class Trainer:
                 self.saves.wait()
             raise
         finally:
+            progress = self.progress  # the last row may be some steps old
+            self.status.update(step=progress.step, tokens_seen=progress.tokens, elapsed_seconds=progress.elapsed_s)
             try:
                 self.saves.writer.close()
             except StorageFault as error:  # what ended the run matters more
