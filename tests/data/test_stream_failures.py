@@ -106,6 +106,28 @@ def test_failures_at_any_place_change_no_row(source: str, monkeypatch: pytest.Mo
     assert said[-1] == f"the dataset '{folder}' can be read again"
 
 
+def test_a_file_that_is_missing_for_a_while_is_waited_for_and_not_passed_over(source: str) -> None:
+    calm = hub_rows(source, Position(), FakeTime().patience())
+    file = sorted(Path(source.removeprefix("hf:")).rglob("*.parquet"))[1]
+    gone = file.with_name(".gone")
+    said: list[str] = []
+
+    def put_back(sentence: str) -> None:
+        said.append(sentence)
+        if "files now" in sentence:
+            gone.rename(file)
+
+    rows = []
+    dataset = HubSource(HubDataset(source.removeprefix("hf:")), "train")
+    for position, _, text in read_pass(dataset, Position(), FakeTime().patience(say=put_back)):
+        rows.append((position, text))
+        if len(rows) == 1:
+            file.rename(gone)
+    assert rows == calm
+    assert any("No such file" in sentence for sentence in said)
+    assert not gone.exists(), "the shorter list was noticed"
+
+
 def test_waits_double_up_to_a_minute_and_start_over_after_success(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     time = FakeTime()

@@ -135,7 +135,7 @@ class HubSource(Source):
         self._text_column = text_column
         self._encoding_errors = encoding_errors
         self._rows: Any = None
-        self._was_open = False
+        self._count: int | None = None  # of files, when the dataset was first opened
 
     def files(self) -> int:
         return int(self._open().num_shards)
@@ -157,12 +157,15 @@ class HubSource(Source):
         if self._rows is None:
             datasets = _import_datasets(self.dataset)
             name, config, revision = self.dataset.name, self.dataset.config, self.dataset.revision
-            self._rows = _opened(
+            rows = _opened(
                 self.dataset,
                 lambda: datasets.load_dataset(name, config, split=self._split, streaming=True, revision=revision),
-                is_first=not self._was_open,
+                is_first=self._count is None,
             )
-            self._was_open = True
+            count = int(rows.num_shards)
+            if self._count not in (None, count):  # positions count files: with one missing they mean other rows
+                raise Unreadable(f"it has {count} files now, {self._count} when it was first opened")
+            self._rows, self._count = rows, count
         return self._rows
 
     def _tables(self, file: int, row: int) -> Iterator[Any]:
