@@ -13,7 +13,6 @@ from ternlm.checkpoint.loading import (
     load_tensors,
     open_checkpoint,
     open_newest,
-    read_training_state,
 )
 from ternlm.checkpoint.manifest import verify
 from ternlm.checkpoint.snapshot import Contents
@@ -35,7 +34,6 @@ __all__ = [
     "open_newest",
     "point",
     "prune",
-    "read_training_state",
     "remove_unfinished",
     "require_room",
     "resolve",

@@ -119,16 +119,6 @@ def open_newest(root: Path, report: Callable[[str], None] | None = None) -> Open
     return opened
 
 
-def read_training_state(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-    """Verified model tensors, optimizer tensors and counters of a checkpoint.
-
-    Raises:
-        CheckpointError: The checkpoint is damaged.
-    """
-    opened = open_checkpoint(path)
-    return opened.model, opened.optimizer, opened.state
-
-
 def load_tensors(model: LanguageModel, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Copy tensors into a model, all or nothing.
 

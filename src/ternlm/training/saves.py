@@ -31,6 +31,7 @@ class Saves:
 
     Attributes:
         last_step: Step of the checkpoint begun last, or gone on from; -1 if there is none.
+        samples: Position in the data of the last checkpoint that is known to be good.
         writer: Writes them.
     """
 
@@ -46,7 +47,7 @@ class Saves:
         training = settings.training
         self.writer = checkpoint.Writer(run.checkpoints, training.keep_last, training.keep_every)
         self.last_step = -1
-        self._samples = self._failed = 0
+        self.samples = self._samples_begun = self._failed = 0
 
     def are_due(self, step: int) -> bool:
         """Whether a checkpoint is saved after so many steps: by the interval, and at the end and stage boundaries."""
@@ -70,14 +71,13 @@ class Saves:
             pinned = pinned or "end"
         if evaluation.get("step") == step and (before is None or evaluation["loss"] < before):
             progress.best_loss = evaluation["loss"]
-        self._samples = progress.samples
         saved = None
         try:
             saved = self._good(self.writer.submit(step, contents(), pinned, self._pointers(), self._anchors()))
         except StorageFault as error:
             progress.best_loss = before
             self._bad(error)
-        self.last_step = step
+        self.last_step, self._samples_begun = step, progress.samples
         return saved
 
     def look(self) -> Saved | None:
@@ -125,11 +125,6 @@ class Saves:
                 return checkpoint.open_checkpoint(checkpoint.folder(root, step))
         return None
 
-    @property
-    def samples(self) -> int:
-        """Position in the data of the checkpoint begun last."""
-        return self._samples
-
     def _told(self, ask: Callable[[], Saved | None]) -> Saved | None:
         try:
             return self._good(ask())
@@ -139,7 +134,7 @@ class Saves:
 
     def _good(self, saved: Saved | None) -> Saved | None:
         if saved is not None:
-            self._failed = 0
+            self._failed, self.samples = 0, self._samples_begun
             roll_back.forget(self._run.checkpoints, len(self._progress.roll_backs))
         return saved
 

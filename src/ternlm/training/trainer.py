@@ -304,8 +304,8 @@ class Trainer:
     def _measure_codes(self, batch: Batch, k: int) -> None:
         row = self.statistics.measure(batch.tokens)
         self.recorder.ternary(row)
-        is_flat = abs(self.status.loss_trend or 1.0) < FLAT_TREND
-        rate = self.schedule.learning_rate(k)
+        trend, rate = self.status.loss_trend, self.schedule.learning_rate(k)
+        is_flat = trend is not None and abs(trend) < FLAT_TREND
         self._note(self.detector.judge_ternary(self.progress.step, row, rate, is_flat))
 
     def _saved(self, saved: checkpoint.Saved | None) -> None:
