@@ -5,8 +5,9 @@ of its arguments.
 """
 
 import errno
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,44 @@ def tiny_trainer(path: Path, prepared: Prepared, settings: RunSettings, resume_f
     run.ensure_writable()
     opened = None if resume_from is None else open_checkpoint(resume_from)
     return Trainer(settings, prepared.corpus, prepared.tokenizer, run, opened, quiet=True)
+
+
+def tiny_contents(model: LanguageModel, state: dict[str, Any]) -> Any:
+    """What a checkpoint holds of a model that has made one step, with the byte tokenizer."""
+    from ternlm.checkpoint import Contents
+    from ternlm.tokenizers import ByteTokenizer
+    from ternlm.training.optimizer import OptimizerSettings, build_optimizer, optimizer_tensors
+
+    optimizer = build_optimizer(model, OptimizerSettings())
+    model(random_tokens(2, 5)).logits.square().mean().backward()
+    optimizer.step()
+    config = {
+        "model": model.settings.model_dump(mode="json"),
+        "quantization": QuantizationMode().model_dump(mode="json"),
+        "training": {"precision": "fp32"},
+        "data": {"sequence_length": 9},
+    }
+    return Contents(model.tensors(), optimizer_tensors(model, optimizer), state, config, ByteTokenizer())
+
+
+def let_data_be_bad(patch: Any, samples: Container[int]) -> None:
+    """Let gradients of batches that begin at these samples be NaN, whoever computes them.
+
+    Args:
+        patch: A `MonkeyPatch`.
+        samples: Positions in the data.
+    """
+    from ternlm.training.trainer import Trainer
+
+    build = Trainer._build_model
+
+    def with_hook(self: Trainer) -> LanguageModel:
+        model = build(self)
+        parameter = model.get_parameter("model.norm.weight")
+        parameter.register_hook(lambda g: g * math.nan if self.progress.samples in samples else g)
+        return model
+
+    patch.setattr(Trainer, "_build_model", with_hook)
 
 
 class Fault:

@@ -17,14 +17,13 @@ import pytest
 import safetensors.torch
 import torch
 
-from builders import randn, random_tokens, tiny_bitnet
+from builders import randn, random_tokens, tiny_bitnet, tiny_contents
 from ternlm import checkpoint
 from ternlm.checkpoint.manifest import seal
 from ternlm.checkpoint.snapshot import serialize
 from ternlm.errors import CheckpointError, Diverged
-from ternlm.models import LanguageModel, QuantizationMode
+from ternlm.models import LanguageModel
 from ternlm.tokenizers import ByteTokenizer, train_bpe
-from ternlm.training.optimizer import OptimizerSettings, build_optimizer, optimizer_tensors
 
 FILES = [
     "config.json",
@@ -37,19 +36,7 @@ FILES = [
 
 
 def contents(seed: int = 0, model: LanguageModel | None = None, **changed: Any) -> checkpoint.Contents:
-    model = model or tiny_bitnet(vocab_size=256, seed=seed)
-    optimizer = build_optimizer(model, OptimizerSettings())
-    model(random_tokens(2, 5)).logits.square().mean().backward()
-    optimizer.step()
-    config = {
-        "model": model.settings.model_dump(mode="json"),
-        "quantization": QuantizationMode().model_dump(mode="json"),
-        "training": {"precision": "fp32"},
-        "data": {"sequence_length": 9},
-    }
-    made = checkpoint.Contents(
-        model.tensors(), optimizer_tensors(model, optimizer), {"seed": seed}, config, ByteTokenizer()
-    )
+    made = tiny_contents(model or tiny_bitnet(vocab_size=256, seed=seed), {"seed": seed})
     return made._replace(**changed)
 
 
@@ -110,7 +97,7 @@ def test_everything_saved_comes_back_bit_for_bit(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, 12, made, pinned="because")
     assert path.name == "step_000012"
     assert sorted(file.name for file in path.iterdir()) == sorted([*FILES, "manifest.json"])
-    model, optimizer, state = checkpoint.read_training_state(path)
+    _, _, model, optimizer, state = checkpoint.open_checkpoint(path)
     assert model.keys() == model_tensors.keys()
     assert all(torch.equal(model[name], tensor) for name, tensor in model_tensors.items())
     assert all(torch.equal(optimizer[name], tensor) for name, tensor in made.optimizer.items())
@@ -220,7 +207,7 @@ def test_resuming_reads_every_file_of_the_checkpoint_once(root: Path, monkeypatc
     made = checkpoint.open_newest(root)
     assert sorted(opened) == sorted([*FILES, "manifest.json"])
     assert (made.path, made.state["step"], made.manifest["step"]) == (root / "step_000007", 7, 7)
-    model, optimizer, state = checkpoint.read_training_state(root / "step_000007")
+    _, _, model, optimizer, state = checkpoint.open_checkpoint(root / "step_000007")
     assert made.state == state
     for ours, theirs in ((made.model, model), (made.optimizer, optimizer)):
         assert ours.keys() == theirs.keys()
@@ -378,7 +365,7 @@ def test_l02_what_only_looks_like_tensors_is_refused(root: Path, name: str, cont
     path = root / "step_000007"
     replace(path, name, content)
     with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
-        checkpoint.read_training_state(path)
+        checkpoint.open_checkpoint(path)
 
 
 def test_the_wrong_tokenizer_in_a_checkpoint_is_refused(root: Path, tmp_path: Path) -> None:
@@ -415,7 +402,7 @@ def test_foreign_tensors_are_refused_by_name_and_the_model_is_untouched(
     model = tiny_bitnet(vocab_size=256, seed=9)
     before = {name: tensor.clone() for name, tensor in model.tensors().items()}
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.load_tensors(model, checkpoint.read_training_state(path)[0], path)
+        checkpoint.load_tensors(model, checkpoint.open_checkpoint(path).model, path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.tensors().items())
 
 

@@ -15,18 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-from builders import random_tokens, tiny_bitnet, tiny_data_settings
+from builders import tiny_bitnet, tiny_contents, tiny_data_settings
 from ternlm import checkpoint
 from ternlm.data import shards
 from ternlm.data.corpus import load_corpus
 from ternlm.data.shards import prepare
 from ternlm.errors import DataError
-from ternlm.models import QuantizationMode
 from ternlm.run_directory import RunDirectory, read_jsonl
 from ternlm.tokenizers import ByteTokenizer
 from ternlm.tracking.csv import CsvTracker
 from ternlm.tracking.jsonl import JsonlTracker
-from ternlm.training.optimizer import OptimizerSettings, build_optimizer, optimizer_tensors
 from ternlm.training.status import StatusFile
 
 RUN = "run-1"
@@ -164,23 +162,14 @@ SCENES: dict[str, Scene] = {scene.name: scene for scene in (Saving(), Recording(
 def contents(step: int) -> checkpoint.Contents:
     """What a checkpoint of a step holds; every step has other weights."""
     model = tiny_bitnet(vocab_size=256, hidden_size=8, num_hidden_layers=1, intermediate_size=24, seed=step)
-    optimizer = build_optimizer(model, OptimizerSettings())
-    model(random_tokens(2, 5)).logits.square().mean().backward()
-    optimizer.step()
-    config = {
-        "model": model.settings.model_dump(mode="json"),
-        "quantization": QuantizationMode().model_dump(mode="json"),
-        "training": {"precision": "fp32"},
-        "data": {"sequence_length": 9},
-    }
     state = {"run_id": RUN, "progress": {"step": step, "samples": 3 * step, "rollbacks": 0}, "loss_scale": {}}
-    tensors = {name: tensor.detach().clone() for name, tensor in model.tensors().items()}
-    return checkpoint.Contents(tensors, optimizer_tensors(model, optimizer), state, config, ByteTokenizer())
+    made = tiny_contents(model, state)
+    return made._replace(model={name: tensor.detach().clone() for name, tensor in made.model.items()})
 
 
 def is_intact(root: Path, step: int) -> bool:
     """Whether the checkpoint of a step holds exactly what was saved under it."""
-    model, optimizer, state = checkpoint.read_training_state(root / f"step_{step:06d}")
+    _, _, model, optimizer, state = checkpoint.open_checkpoint(root / f"step_{step:06d}")
     truth = contents(step)
     same = _equal(model, truth.model) and _equal(optimizer, truth.optimizer)
     return same and all(state[name] == value for name, value in truth.state.items())

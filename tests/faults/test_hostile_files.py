@@ -119,7 +119,7 @@ def checkpoints(folder: Path) -> Trial:
         return f"{name}, {getattr(way, '__name__', way)}", lambda: way(path)
 
     def restore(path: Path) -> None:
-        tensors, moments, _ = checkpoint.read_training_state(path)
+        _, _, tensors, moments, _ = checkpoint.open_checkpoint(path)
         checkpoint.load_tensors(model, tensors, path)
         load_optimizer_tensors(model, optimizer, moments)
 

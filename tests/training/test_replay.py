@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from builders import TRAIN, tiny_corpus, tiny_settings
+from builders import TRAIN, let_data_be_bad, tiny_corpus, tiny_settings
 from streams import some_files, stream_settings, write_dataset
 from ternlm import checkpoint
 from ternlm.data.preparation import Prepared, prepare_data
@@ -147,15 +147,7 @@ def test_a_fault_from_outside_is_not_reproduced_and_its_place_is_shown(
 @pytest.fixture
 def bad_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the cause be in the data: gradients of some batches are NaN, whoever computes them."""
-    build = Trainer._build_model
-
-    def with_hook(self: Trainer) -> Any:
-        model = build(self)
-        parameter = model.get_parameter("model.norm.weight")
-        parameter.register_hook(lambda g: g * math.nan if self.progress.samples in BAD else g)
-        return model
-
-    monkeypatch.setattr(Trainer, "_build_model", with_hook)
+    let_data_be_bad(monkeypatch, BAD)
 
 
 @pytest.mark.usefixtures("bad_data")

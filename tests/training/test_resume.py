@@ -109,7 +109,7 @@ def records(run: RunDirectory) -> dict[str, Any]:
 
 def state(run: RunDirectory, step: int = STEPS) -> dict[str, Any]:
     """Everything in a checkpoint that is not time."""
-    model, optimizer, counters = checkpoint.read_training_state(run.checkpoints / f"step_{step:06d}")
+    _, _, model, optimizer, counters = checkpoint.open_checkpoint(run.checkpoints / f"step_{step:06d}")
     del counters["progress"]["elapsed_s"], counters["run_id"]
     tensors = {name: tensor.numpy().tobytes() for name, tensor in (model | optimizer).items()}
     return {**tensors, "state": counters}
@@ -360,7 +360,7 @@ def test_a_branch_killed_before_its_first_checkpoint_resumes_from_where_it_branc
     interrupt(branch, prepared, 6, "death", lambda run, data: start(run, data, resume_from=source))
     assert checkpoint.steps(branch.checkpoints) == [6]
     resume(branch, prepared)
-    finals = [checkpoint.read_training_state(run.checkpoints / f"step_{STEPS:06d}")[0] for run in (whole, branch)]
+    finals = [checkpoint.open_checkpoint(run.checkpoints / f"step_{STEPS:06d}").model for run in (whole, branch)]
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
 
 

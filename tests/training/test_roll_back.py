@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from builders import TRAIN, tiny_corpus, tiny_settings
+from builders import TRAIN, let_data_be_bad, tiny_corpus, tiny_settings
 from ternlm import checkpoint
 from ternlm.data.preparation import Prepared
 from ternlm.errors import CheckpointError, Diverged
@@ -31,15 +31,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
 @pytest.fixture
 def bad_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let gradients of the bad samples be NaN."""
-    build = Trainer._build_model
-
-    def with_hook(self: Trainer) -> Any:
-        model = build(self)
-        parameter = model.get_parameter("model.norm.weight")
-        parameter.register_hook(lambda g: g * math.nan if self.progress.samples in BAD else g)
-        return model
-
-    monkeypatch.setattr(Trainer, "_build_model", with_hook)
+    let_data_be_bad(monkeypatch, BAD)
 
 
 def start(path: Path, prepared: Prepared, **anomaly: Any) -> RunDirectory:
