@@ -6,7 +6,7 @@ import torch
 from builders import randn
 from ternlm.nn.attention import CausalAttention, KeyValueCache
 from ternlm.nn.initialization import normal_
-from ternlm.nn.linear import FULL_PRECISION
+from ternlm.nn.quantization import FULL_PRECISION
 from ternlm.ops.rotary import rotary_table, rotate
 
 WIDTH, HEADS, HEAD_DIM, TIME = 24, 4, 6, 9

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from builders import randn
 from ternlm.nn.feed_forward import GatedFeedForward
 from ternlm.nn.initialization import normal_
-from ternlm.nn.linear import FULL_PRECISION
 from ternlm.nn.norm import RMSNorm
+from ternlm.nn.quantization import FULL_PRECISION
 
 
 @pytest.mark.parametrize("eps", [None, 1e-5])

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from builders import randn
 from ternlm.errors import SettingsError
-from ternlm.nn.linear import FULL_PRECISION, BitLinear, QuantizationMode
+from ternlm.nn.linear import BitLinear
+from ternlm.nn.quantization import FULL_PRECISION, QuantizationMode
 from ternlm.ops.quantize import dequantize_weight, quantize_rows, ternarize
 from ternlm.ops.quantized_linear import quantized_linear_reference
 

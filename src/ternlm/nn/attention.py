@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ternlm.nn.linear import BitLinear, QuantizationMode
+from ternlm.nn.linear import BitLinear
 from ternlm.nn.norm import RMSNorm
+from ternlm.nn.quantization import QuantizationMode
 from ternlm.ops.rotary import rotate
 
 

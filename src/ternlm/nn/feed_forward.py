@@ -5,8 +5,9 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ternlm.nn.linear import BitLinear, QuantizationMode
+from ternlm.nn.linear import BitLinear
 from ternlm.nn.norm import RMSNorm
+from ternlm.nn.quantization import QuantizationMode
 
 Activation = Literal["silu", "relu2"]
 

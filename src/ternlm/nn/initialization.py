@@ -13,7 +13,11 @@ def normal_(parameter: Tensor, std: float, seed: int, name: str) -> None:
     Adding, removing or reordering other parameters does not change the draw, and neither does the
     global random state. The numbers are drawn on the CPU, so every device starts alike.
     """
-    digest = hashlib.sha256(f"{seed}|{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    values = torch.randn(parameter.shape, generator=generator) * std
+    values = torch.randn(parameter.shape, generator=generator_of(seed, name)) * std
     parameter.copy_(values)
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """A generator on the CPU whose draws are a pure function of (seed, name)."""
+    digest = hashlib.sha256(f"{seed}|{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,4 +1,4 @@
-"""The only rounding in the package: absmean ternary weights, absmax integer rows and activations.
+"""The only rounding in the package: ternary weights, absmax integer rows, and activations.
 
 Training, evaluation, packing and export all call these functions, so the codes that are trained
 are the codes that are shipped. Scales are float32, rounding is half to even, and a scale is
@@ -74,19 +74,86 @@ def write_ternary_codes(weight: Tensor, scale: Tensor, codes: Tensor) -> Tensor:
     """
     inverse = _per_element(scale.reciprocal(), weight.shape[1]).expand(weight.shape[0], -1)
     for block in row_blocks(weight):
-        codes[block] = (weight[block].float() * inverse[block]).round_().clamp_(-1, 1)
+        codes[block] = round_to_levels_(weight[block].float() * inverse[block], 1)
     return codes
 
 
-def quantize_rows(weight: Tensor, eps: float = EPS) -> tuple[Tensor, Tensor]:
-    """Round each row of a weight matrix to 255 levels with its own absmax scale.
+def twn_threshold(weight: Tensor, granularity: Granularity = "tensor") -> Tensor:
+    """0.7 mean|W| per tensor, (), or per row, (out_features, 1), in float32.
 
-    codes = round(W * (127 / m)), scale = m / 127 with m = max(max_j|W_ij|, eps).
+    Source:
+        Li et al. 2016, ternary weight networks, section 2.3 (arXiv 1605.04711).
+    """
+    return 0.7 * absmean(weight, granularity)
+
+
+def kept_mean(weight: Tensor, threshold: Tensor, eps: float = EPS) -> Tensor:
+    """The mean of |W| beyond the threshold, the scale that fits its codes best in least squares.
+
+    s = sum(|W| [|W| > threshold]) / count(|W| > threshold), at least eps; eps where no weight is kept.
+
+    Args:
+        weight: (out_features, in_features).
+        threshold: () for one scale, (out_features, 1) for one per row.
+
+    Returns:
+        float32, shaped as `threshold`; summed in float64, as `absmean` is.
+    """
+    sums, counts = [], []
+    limit = threshold.reshape(-1, 1).expand(weight.shape[0], 1)
+    for block in row_blocks(weight):
+        magnitude = weight[block].float().abs()
+        kept = magnitude > limit[block]
+        sums.append((magnitude * kept).sum(dim=1, dtype=torch.float64))
+        counts.append(kept.sum(dim=1))
+    total, count = torch.cat(sums), torch.cat(counts)
+    if threshold.dim() == 0:
+        total, count = total.sum(), count.sum()
+    return (total / count.clamp_min(1)).float().clamp_min(eps).view(threshold.shape)
+
+
+def write_threshold_codes(weight: Tensor, threshold: Tensor, codes: Tensor) -> Tensor:
+    """Write sign(W) * [|W| > threshold] into `codes` and return it.
+
+    Args:
+        weight: (out_features, in_features).
+        threshold: () or (out_features, 1), float32.
+        codes: int8, (out_features, in_features), contiguous.
+    """
+    limit = threshold.reshape(-1, 1).expand(weight.shape[0], 1)
+    for block in row_blocks(weight):
+        wide = weight[block].float()
+        codes[block] = (wide > limit[block]).to(torch.int8) - (wide < -limit[block]).to(torch.int8)
+    return codes
+
+
+def round_to_levels_(scaled: Tensor, levels: int | None, noise: Tensor | None = None) -> Tensor:
+    """Replace z by round(clamp(z, -levels, levels) + noise / 2^16), in place, and return it.
+
+    Without noise ties go to the even code. With noise that is uniform between -2^15 and 2^15, both excluded, rounding
+    is stochastic: round(z + u - 1/2) is floor(z + u) with u uniform in (0, 1), whose mean is z.
+
+    Args:
+        scaled: Any shape, float32, in units of one step of the grid.
+        levels: Largest code; None where z is known to be within the grid.
+        noise: Broadcastable to `scaled`, float32.
+    """
+    if levels is not None:
+        scaled.clamp_(-levels, levels)
+    if noise is not None:
+        scaled.add_(noise, alpha=2.0**-16)
+    return scaled.round_()
+
+
+def quantize_rows(weight: Tensor, bits: int = 8, eps: float = EPS) -> tuple[Tensor, Tensor]:
+    """Round each row of a weight matrix to 2 L + 1 levels, L = 2^(bits - 1) - 1, with its own absmax scale.
+
+    codes = round(W * (L / m)), scale = m / L with m = max(max_j|W_ij|, eps).
 
     Returns:
         int8 codes, (out_features, in_features), and float32 scales, (out_features, 1).
     """
-    codes, inverse = quantize_activation(weight, eps=eps)
+    codes, inverse = quantize_activation(weight, bits, eps)
     return codes, inverse.reciprocal()
 
 
@@ -99,7 +166,7 @@ def quantize_activation(x: Tensor, bits: int = 8, eps: float = EPS) -> tuple[Ten
 
     Args:
         x: (..., features), any float dtype, read as float32.
-        bits: 8 or 4.
+        bits: 2 to 8.
 
     Returns:
         int8 codes, (..., features), and the float32 multiplier s, (..., 1); x is codes / s.
@@ -107,13 +174,33 @@ def quantize_activation(x: Tensor, bits: int = 8, eps: float = EPS) -> tuple[Ten
     Source:
         Ma et al. 2024 (arXiv 2402.17764), section 2; per-token absmax as in BitNet (arXiv 2310.11453).
     """
-    levels = 2 ** (bits - 1) - 1
+    levels = top_code(bits)
     rows = x.detach().reshape(-1, x.shape[-1])
     scale = levels / rows.abs().amax(dim=-1, keepdim=True).float().clamp_min(eps)
     codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
     for block in row_blocks(rows):
-        codes[block] = (rows[block] * scale[block]).round_()
+        codes[block] = round_to_levels_(rows[block] * scale[block], None)
     return codes.view(x.shape), scale.view(*x.shape[:-1], 1)
+
+
+def codes_on_grid(x: Tensor, grid: Tensor) -> Tensor:
+    """The int8 codes of values that are multiples of a grid already: round(x * (1 / grid)).
+
+    Args:
+        x: (..., features), code * grid with |code| <= 127, in any float dtype: 8 significant bits tell codes apart.
+        grid: float32, () or broadcastable to (..., 1).
+    """
+    rows = x.detach().reshape(-1, x.shape[-1])
+    inverse = grid.reciprocal().expand(*x.shape[:-1], 1).reshape(-1, 1)
+    codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
+    for block in row_blocks(rows):
+        codes[block] = round_to_levels_(rows[block] * inverse[block], None)
+    return codes.view(x.shape)
+
+
+def top_code(bits: int) -> int:
+    """L = 2^(bits - 1) - 1, the largest code of a symmetric grid of 2 L + 1 levels."""
+    return int(2 ** (bits - 1)) - 1
 
 
 def dequantize_weight(codes: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

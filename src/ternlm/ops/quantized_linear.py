@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ternlm.ops.integer_matmul import integer_matmul
-from ternlm.ops.quantize import dequantize_weight, quantize_activation
+from ternlm.ops.quantize import codes_on_grid, dequantize_weight, quantize_activation
 from ternlm.ops.row_blocks import row_blocks
 
 _COUNTS_AT_A_TIME = 1 << 21
@@ -27,6 +27,7 @@ def quantized_linear(
     scale: Tensor,
     sizes: Sequence[int],
     activation_bits: int | None = 8,
+    grid: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """y_i = x W_i^T for merged matrices W_i, computed on integer codes.
 
@@ -44,8 +45,10 @@ def quantized_linear(
         scale: float32: (len(sizes),), one per matrix; or (sum(sizes), 1), one per row; or
             (sum(sizes), groups), one per group of columns of a row.
         sizes: out_features of each merged matrix.
-        activation_bits: 8, 4, or None for activations in full precision. None multiplies by the
-            dequantized weights, since nothing is left to count in integers.
+        activation_bits: 2 to 8, or None for activations that are not rounded here. None multiplies by the
+            dequantized weights, unless a grid is given.
+        grid: With `activation_bits` None: x is codes * grid already, |codes| <= 127, float32, () or
+            broadcastable to (..., 1). The integers are found again and counted exactly, s = 1 / grid.
 
     Returns:
         For each matrix (..., sizes[i]) in the dtype of x.
@@ -53,11 +56,11 @@ def quantized_linear(
     Source:
         Ma et al. 2024 (arXiv 2402.17764); straight-through gradients, Bengio et al. 2013 (arXiv 1308.3432).
     """
-    if activation_bits is None:
+    if activation_bits is None and grid is None:
         rounded = dequantize_weight(codes, per_row(scale, sizes))
-        straight = _StraightThrough.apply(weight, rounded)
+        straight = straight_through(weight, rounded)
         return F.linear(x, straight.to(x.dtype)).split(list(sizes), dim=-1)
-    return _IntegerLinear.apply(x, weight, codes, scale, tuple(sizes), activation_bits)
+    return _IntegerLinear.apply(x, weight, codes, scale, tuple(sizes), activation_bits, grid)
 
 
 def quantized_linear_reference(
@@ -67,6 +70,7 @@ def quantized_linear_reference(
     scale: Tensor,
     sizes: Sequence[int],
     activation_bits: int | None = 8,
+    grid: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """The definition of `quantized_linear`, one matrix at a time, by automatic differentiation.
 
@@ -79,7 +83,15 @@ def quantized_linear_reference(
     if activation_bits is not None:
         x_codes, s = quantize_activation(x, activation_bits)
         straight_x = straight_x + (x_codes / s - straight_x).detach()
+    elif grid is not None:
+        straight_x = straight_x + (codes_on_grid(x, grid) * grid - straight_x).detach()
     return tuple((straight_x @ part.t()).to(x.dtype) for part in straight_weight.split(list(sizes)))
+
+
+def straight_through(latent: Tensor, rounded: Tensor) -> Tensor:
+    """The value of `rounded` in the dtype of `latent`, which receives the gradient unchanged."""
+    straight: Tensor = _StraightThrough.apply(latent, rounded)
+    return straight
 
 
 def per_row(scale: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -92,9 +104,16 @@ def per_row(scale: Tensor, sizes: Sequence[int]) -> Tensor:
 class _IntegerLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, codes: Tensor, scale: Tensor, sizes: tuple[int, ...], bits: int
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        codes: Tensor,
+        scale: Tensor,
+        sizes: tuple[int, ...],
+        bits: int | None,
+        grid: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        x_codes, s = quantize_activation(x.reshape(-1, x.shape[-1]), bits)
+        x_codes, s = _activation_codes(x, bits, grid)
         ctx.save_for_backward(x_codes, s, codes, scale)
         ctx.sizes, ctx.x_shape, ctx.weight_dtype = sizes, x.shape, weight.dtype
         outputs = _scaled_product(x_codes, s, codes, scale, sizes, x.dtype)
@@ -112,7 +131,16 @@ class _IntegerLinear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             rounded_x = x_codes.to(dtype) * s.reciprocal().to(dtype)
             grad_weight = _weight_gradient(grad_y, rounded_x).to(ctx.weight_dtype)
-        return grad_x, grad_weight, None, None, None, None
+        return grad_x, grad_weight, None, None, None, None, None
+
+
+def _activation_codes(x: Tensor, bits: int | None, grid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """int8 codes, (tokens, in_features), and the multiplier s, (tokens, 1); x is about codes / s."""
+    if bits is not None:
+        return quantize_activation(x.reshape(-1, x.shape[-1]), bits)
+    assert grid is not None
+    s = grid.detach().reciprocal().expand(*x.shape[:-1], 1).reshape(-1, 1)
+    return codes_on_grid(x, grid.detach()).view(-1, x.shape[-1]), s
 
 
 class _StraightThrough(torch.autograd.Function):
