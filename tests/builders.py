@@ -28,6 +28,9 @@ TINY_SIZES = {
     "num_key_value_heads": 2,
     "intermediate_size": 40,
     "max_position_embeddings": 37,
+    "qdyt_groups": 4,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
 }
 """Sizes by their common names; a family takes those that it declares."""
 

@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-from builders import randn, random_tokens, tiny_bitnet
+from builders import randn, random_tokens, tiny_bitnet, tiny_model
+from ternlm.models import QuantizationMode
 from ternlm.training.compilation import compile_blocks
 
 pytestmark = [
@@ -58,3 +59,27 @@ def test_a_compiled_model_follows_the_optimizer_and_keeps_its_names() -> None:
     assert [layer.quantizations for layer in compiled.bit_linears().values()] == [
         layer.quantizations for layer in plain.bit_linears().values()
     ]
+
+
+def test_a_compiled_encoder_equals_the_plain_one_with_every_ingredient_on() -> None:
+    torch._dynamo.reset()
+    mode, tokens = QuantizationMode(quantizer="ttq", activations="int4"), random_tokens(2, 9)
+    plain = tiny_model("qdyt", mode, num_hidden_layers=1)
+    plain.set_step(10_000)
+    compiled = copy.deepcopy(plain)
+    for block in compiled.blocks():
+        block.compile(fullgraph=True)
+    for key in range(2):
+        outputs = []
+        for model in (plain, compiled):
+            model.begin_pass(key)
+            logits = model(tokens).logits
+            logits.square().sum().backward()
+            model.end_pass()
+            outputs.append(logits.detach())
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)
+    scales = zip(plain.activation_scales(), compiled.activation_scales(), strict=True)
+    assert all(torch.allclose(a.float(), b.float(), rtol=1e-4) for a, b in scales)
+    for (name, a), b in zip(plain.named_parameters(), compiled.parameters(), strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert (a.grad - b.grad).norm() <= 1e-2 * a.grad.norm() + 1e-7, name

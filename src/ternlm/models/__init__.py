@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 from ternlm.errors import SettingsError
 from ternlm.models.bitnet import BitNet, BitNetSettings
 from ternlm.models.language_model import LanguageModel, ModelSettings, Output, ParameterCounts
-from ternlm.nn.linear import FULL_PRECISION, QuantizationMode
+from ternlm.models.qdyt import QDyTModel
+from ternlm.models.qdyt_settings import QDyTSettings
+from ternlm.nn.quantization import FULL_PRECISION, QuantizationMode
 from ternlm.settings.base import shortened
 
 
@@ -21,6 +23,7 @@ class Family(NamedTuple):
 
 MODELS = {
     "bitnet": Family(BitNetSettings, BitNet),
+    "qdyt": Family(QDyTSettings, QDyTModel),
 }
 
 

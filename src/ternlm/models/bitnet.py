@@ -24,8 +24,9 @@ from ternlm.models.language_model import LanguageModel, ModelSettings, Output
 from ternlm.nn.attention import CausalAttention, KeyValueCache
 from ternlm.nn.feed_forward import Activation, GatedFeedForward
 from ternlm.nn.initialization import normal_
-from ternlm.nn.linear import BitLinear, QuantizationMode
+from ternlm.nn.linear import BitLinear
 from ternlm.nn.norm import RMSNorm
+from ternlm.nn.quantization import QuantizationMode
 from ternlm.ops.rotary import rotary_table
 from ternlm.settings import Count, Float
 
@@ -168,7 +169,13 @@ class BitNet(LanguageModel):
         table = rotary_table(settings.max_position_embeddings, head_dim, settings.rope_theta)
         self.register_buffer("rotary", table, persistent=False)
 
-    def forward(self, tokens: Tensor, state: BitNetState | None = None, lengths: Tensor | None = None) -> Output:
+    def forward(
+        self,
+        tokens: Tensor,
+        state: BitNetState | None = None,
+        lengths: Tensor | None = None,
+        scored: Tensor | None = None,
+    ) -> Output:
         if tokens.shape[1] > self.settings.max_position_embeddings:
             raise ValueError(
                 f"{tokens.shape[1]} tokens exceed max_position_embeddings={self.settings.max_position_embeddings}"
@@ -180,6 +187,8 @@ class BitNet(LanguageModel):
         else:
             x, state = self._blocks_cached(x, state, lengths)
         head = self.model.embed_tokens if self.settings.tie_word_embeddings else self.lm_head
+        if scored is not None:
+            x = x[scored]
         logits = F.linear(self.model.norm(x), head.weight.to(x.dtype))
         return Output(logits, state, {})
 
@@ -200,6 +209,7 @@ class BitNet(LanguageModel):
             if isinstance(module, BitLinear):
                 is_output = name.endswith((".o", ".down"))
                 normal_(module.weight, output_std if is_output else settings.initializer_range, seed, name)
+                module.fit()
             elif isinstance(module, nn.Embedding):
                 normal_(module.weight, settings.embedding_init_std, seed, name)
             elif isinstance(module, nn.Linear):
