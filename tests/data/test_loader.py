@@ -7,6 +7,7 @@ import torch
 from ternlm.data import DataSettings, TokenStream, prepare, shards
 from ternlm.data.batch import Batch
 from ternlm.data.loader import Loader, evaluation_batches
+from ternlm.data.windows import CausalWindows
 from ternlm.errors import DataError
 from ternlm.tokenizers import ByteTokenizer
 
@@ -23,8 +24,8 @@ def stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TokenStream:
     return prepare(data, BYTE, tmp_path / "out").split("train")
 
 
-def loader(stream: TokenStream, **options: int) -> Loader:
-    return Loader(stream, **{"batch_size": 5, "sequence_length": T, "seed": 3, "bos_id": BYTE.bos_id, **options})
+def loader(stream: TokenStream, sequence_length: int = T, seed: int = 3) -> Loader:
+    return Loader(stream, 5, CausalWindows(sequence_length, BYTE.bos_id), seed)
 
 
 def test_targets_are_the_next_tokens_and_bos_is_never_one(stream: TokenStream) -> None:
@@ -86,7 +87,7 @@ def test_another_seed_is_another_order(stream: TokenStream) -> None:
 def test_evaluation_scores_every_token_once_in_order(stream: TokenStream, batch_size: int, length: int) -> None:
     everything = stream.read(0, len(stream)).astype(np.int64)
     scored = []
-    for batch in evaluation_batches(stream, batch_size, length, BYTE.bos_id):
+    for batch in evaluation_batches(stream, batch_size, CausalWindows(length, BYTE.bos_id)):
         keep = batch.targets != -100
         scored.append(batch.targets[keep].numpy())
         assert batch.tokens.shape[1] == length and len(batch.tokens) <= batch_size
@@ -97,13 +98,13 @@ def test_evaluation_scores_every_token_once_in_order(stream: TokenStream, batch_
 
 def test_evaluation_inputs_are_the_tokens_before_their_targets(stream: TokenStream) -> None:
     everything = stream.read(0, len(stream)).astype(np.int64)
-    first = next(evaluation_batches(stream, 2, 8, None))
+    first = next(evaluation_batches(stream, 2, CausalWindows(8, None)))
     assert np.array_equal(first.tokens.reshape(-1).numpy(), everything[:16])
     assert np.array_equal(first.targets.reshape(-1).numpy(), everything[1:17])
 
 
 def test_nul_bytes_of_the_text_are_scored_and_padding_is_not(stream: TokenStream) -> None:
-    batches = list(evaluation_batches(stream, 3, 64, BYTE.bos_id))
+    batches = list(evaluation_batches(stream, 3, CausalWindows(64, BYTE.bos_id)))
     scored = sum(int((batch.targets == 0).sum()) for batch in batches)
     assert scored == stream.documents
     assert (batches[-1].targets.reshape(-1)[-1] == -100) and batches[-1].tokens.reshape(-1)[-1] == 0
@@ -111,7 +112,7 @@ def test_nul_bytes_of_the_text_are_scored_and_padding_is_not(stream: TokenStream
 
 @pytest.mark.parametrize("limit", [1, 12, 13, 14, 100])
 def test_max_tokens_limits_the_scored_positions(stream: TokenStream, limit: int) -> None:
-    batches = list(evaluation_batches(stream, 2, T, None, max_tokens=limit))
+    batches = list(evaluation_batches(stream, 2, CausalWindows(T, None), max_tokens=limit))
     assert sum(batch.num_targets for batch in batches) == limit
 
 

@@ -30,6 +30,7 @@ from ternlm.data.loader import Loader
 from ternlm.data.preparation import prepare_data
 from ternlm.data.stream import StreamedCorpus, open_stream
 from ternlm.data.stream_loader import StreamLoader
+from ternlm.data.windows import CausalWindows
 from ternlm.errors import DataError, Interrupted, SettingsError
 from ternlm.tokenizers import TokenizerSettings, load_tokenizer, train_bpe
 
@@ -118,15 +119,15 @@ def test_bos_is_context_and_the_seed_and_batch_size_decide_what_they_should(
     tmp_path: Path, data: DataSettings, expected: torch.Tensor
 ) -> None:
     corpus = opened(data, tmp_path / "stream")
-    masked = corpus.loader(6, T, 5, BYTE.bos_id).batch(0, 40)
-    plain = corpus.loader(6, T, 5, None).batch(0, 40)
+    masked = corpus.loader(6, CausalWindows(T, BYTE.bos_id), 5).batch(0, 40)
+    plain = corpus.loader(6, CausalWindows(T, None), 5).batch(0, 40)
     assert torch.equal(masked.tokens, plain.tokens)
     assert torch.equal(masked.targets == -100, plain.targets == BYTE.bos_id) and (masked.targets == -100).any()
     assert torch.equal(plain.tokens, expected[:40, :-1])
     assert not torch.equal(windows(loader_of(corpus, seed=6), 0, W), expected[:W])
     assert torch.equal(windows(loader_of(corpus, seed=6), 0, W).sum(), expected[:W].sum())
     with pytest.raises(DataError, match="sequence_length=16, not 8"):
-        corpus.loader(6, 8, 5, None)
+        corpus.loader(6, CausalWindows(8, None), 5)
     corpus.close()
 
 
@@ -491,7 +492,7 @@ def test_bytes_per_token_counts_text_and_end_markers_of_the_first_block(tmp_path
 
 def test_both_loaders_say_which_samples_they_draw(tmp_path: Path, data: DataSettings) -> None:
     corpus = prepare(data.model_copy(update={"stream": False}), BYTE, tmp_path / "prepared")
-    loader = corpus.loader(5, T, 3, BYTE.bos_id)
+    loader = corpus.loader(5, CausalWindows(T, BYTE.bos_id), 3)
     assert isinstance(loader, Loader)
     per_epoch = loader.windows_per_epoch
     samples = loader.samples(per_epoch - 2)
@@ -500,7 +501,7 @@ def test_both_loaders_say_which_samples_they_draw(tmp_path: Path, data: DataSett
         (0, per_epoch - 2), (0, per_epoch - 1), (1, 0), (1, 1), (1, 2),
     ]  # fmt: skip
     loader.release(per_epoch)
-    assert torch.equal(loader.batch(0).tokens, corpus.loader(5, T, 3, BYTE.bos_id).batch(0).tokens)
+    assert torch.equal(loader.batch(0).tokens, corpus.loader(5, CausalWindows(T, BYTE.bos_id), 3).batch(0).tokens)
 
 
 def test_preparing_data_for_a_run_begins_the_stream_in_its_folder(tmp_path: Path, data: DataSettings) -> None:
@@ -510,7 +511,7 @@ def test_preparing_data_for_a_run_begins_the_stream_in_its_folder(tmp_path: Path
         data, TokenizerSettings(name="byte"), lambda p: seen.append(p.tokens), say=said.append, folder=tmp_path / "run"
     )
     assert isinstance(corpus, StreamedCorpus) and corpus.directory == tmp_path / "run"
-    assert isinstance(corpus.loader(2, T, 0, tokenizer.bos_id), StreamLoader)
+    assert isinstance(corpus.loader(2, CausalWindows(T, tokenizer.bos_id), 0), StreamLoader)
     assert seen[-1] == len(corpus.split("validation"))
     assert any("collecting 300 validation tokens" in sentence for sentence in said)
     corpus.close()

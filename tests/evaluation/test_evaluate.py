@@ -26,6 +26,7 @@ class TableModel(torch.nn.Module):
     """Logits that depend on the last token alone, so that windows and batches cannot matter."""
 
     compute_dtype = torch.float32
+    is_causal = True
 
     def __init__(self, table: torch.Tensor) -> None:
         super().__init__()

@@ -119,12 +119,12 @@ def test_g02_training_is_bit_identical_with_and_without_sampling(tmp_path: Path)
     def losses(name: str, sampling: bool) -> list[Any]:
         settings = tiny_settings(tmp_path, tracking={"every_steps": 1, "tensorboard": False})
         trainer = tiny_trainer(tmp_path / name, prepared, settings)
-        step: Callable[[Any], Any] = trainer.stepper.__call__
+        step: Callable[..., Any] = trainer.stepper.__call__
 
-        def sampling_step(batch: Any, judge: Any) -> Any:
+        def sampling_step(batch: Any, judge: Any, k: int) -> Any:
             if sampling:
                 sample_modes(trainer.model, trainer.tokenizer, SETTINGS, 0)
-            return step(batch, judge)
+            return step(batch, judge, k)
 
         sampling_step.__dict__.update(vars(trainer.stepper))
         trainer.stepper = sampling_step

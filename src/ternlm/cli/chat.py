@@ -29,11 +29,13 @@ def chat(
     """
     from ternlm import checkpoint as checkpoints
     from ternlm.device import choose_device, set_up
+    from ternlm.generation import require_causal
     from ternlm.run_directory import runs_root
 
     target = choose_device(device)
     set_up(target)
     loaded = checkpoints.load(checkpoints.resolve(checkpoint, runs_root(runs_dir)), target)
+    require_causal(loaded.model)
     typer.echo(f"{loaded.path}\n{HELP}")
     conversation = Conversation(loaded, max_new_tokens)
     while True:

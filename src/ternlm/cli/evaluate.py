@@ -1,16 +1,17 @@
-"""`ternlm evaluate`: loss, perplexity, bits per byte and accuracies on any text."""
+"""`ternlm evaluate`: loss, perplexity, bits per byte and accuracies on any text; of an encoder, of hidden tokens."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ternlm.cli.options import Checkpoint, Device, Json, RunsDir, prepare_with_bar, print_json
-from ternlm.errors import SettingsError
+from ternlm.cli.options import Checkpoint, Device, Json, RunsDir, print_json, token_stream
+from ternlm.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ternlm.checkpoint import Loaded
-    from ternlm.data.corpus import TokenStream
 
 
 def evaluate(
@@ -24,19 +25,26 @@ def evaluate(
         typer.Option(help="train, validation, test, or all. [default: all of a local --data, else validation]"),
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Must be the checkpoint's own; default.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Targets per window. [default: the run's]")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per window. [default: the run's]")] = None,
     batch_size: Annotated[int, typer.Option(help="Windows per forward pass; no effect on the result.")] = 16,
     max_tokens: Annotated[int | None, typer.Option(help="Score whole documents within so many tokens.")] = None,
+    pll: Annotated[
+        int | None, typer.Option(min=1, help="Of an encoder, also mask each token of N documents once; slow.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
     device: Device = "auto",
     runs_dir: RunsDir = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a checkpoint on held-out text, with its quantized weights."""
+    """Evaluate a checkpoint on held-out text, with its quantized weights.
+
+    An encoder is scored on the tokens that a mask hides, the same ones every time.
+    """
     from ternlm import checkpoint as checkpoints
     from ternlm.device import choose_device, set_up
     from ternlm.errors import TokenizerError
     from ternlm.evaluation.evaluate import evaluate as score
+    from ternlm.evaluation.masked import masked_baselines, masking_of, pseudo_likelihood
     from ternlm.run_directory import runs_root
     from ternlm.tokenizers import load_tokenizer
     from ternlm.training.interruption import Interruption
@@ -49,17 +57,20 @@ def evaluate(
             f"tokenizer '{tokenizer}' is not the one '{loaded.path}' was trained with "
             f"('{loaded.tokenizer.name}'). Leave --tokenizer out."
         )
-    stream = _stream(loaded, data, split)
-    interruption = Interruption()
+    if pll is not None and loaded.model.is_causal:
+        raise SettingsError("--pll needs an encoder; the likelihood of a causal model is its loss. Leave --pll out.")
+    stream = token_stream(loaded, data, split)
+    model, known, trained_on = loaded.model, loaded.tokenizer, loaded.config["data"]
+    length, masking = sequence_length or trained_on["sequence_length"], masking_of(model, loaded.config)
+    record = {"checkpoint": str(loaded.path), "step": loaded.state["step"], "data": data or trained_on["source"]}
+    check = (interruption := Interruption()).check
     with interruption.watched():
-        result = score(
-            loaded.model, stream, loaded.tokenizer, sequence_length or loaded.config["data"]["sequence_length"],
-            batch_size, max_tokens, interruption.check,
-        )  # fmt: skip
-    record = {
-        "checkpoint": str(loaded.path), "step": loaded.state["step"],
-        "data": data or loaded.config["data"]["source"], **result.as_dict(),
-    }  # fmt: skip
+        record |= score(model, stream, known, length, batch_size, max_tokens, check, masking).as_dict()
+        if masking is not None:
+            counts = _training_counts(loaded)
+            record |= masked_baselines(stream, counts, known, length, masking, max_tokens)
+        if pll is not None:
+            record |= pseudo_likelihood(model, stream, known, length, pll, batch_size, check).as_dict()
     if output is not None:
         _write(output, record)
     if as_json:
@@ -68,34 +79,18 @@ def evaluate(
         _print(record)
 
 
-def _stream(loaded: "Loaded", data: str | None, split: str | None) -> "TokenStream":
-    """The tokens to score, prepared with the checkpoint's own tokenizer."""
-    from ternlm.data.catalog import is_local
-    from ternlm.data.corpus import load_corpus
-    from ternlm.data.settings import DataSettings
-    from ternlm.tokenizers import TokenizerSettings
+def _training_counts(loaded: "Loaded") -> "np.ndarray | None":
+    """How often each token occurs in the text the model was trained on, or None if that is not prepared here."""
+    from ternlm.data import DataSettings, default_directory, load_corpus
+    from ternlm.evaluation.evaluate import token_counts
 
-    if split not in (None, "train", "validation", "test", "all"):
-        raise SettingsError(f"split '{split}' does not exist. Use train, validation, test or all.")
-    values = dict(loaded.config["data"])
-    if data is not None:
-        values |= {
-            "source": data,
-            "validation_path": None,
-            "test_path": None,
-            "max_documents": None,
-            "max_tokens": None,
-        }
-        split = split or ("all" if is_local(data) else "validation")
-    held_out = loaded.path.parent.parent / "stream" / "validation"
-    if data is None and values.get("stream") and split in (None, "validation") and held_out.is_dir():
-        return load_corpus(held_out).split("validation")
-    values["stream"] = False
-    if split == "all":
-        values |= {"validation_fraction": 0.0, "test_fraction": 0.0}
-    settings = DataSettings.from_mapping(values, "data")
-    prepared = prepare_with_bar(settings, TokenizerSettings(name=str(loaded.path)))
-    return prepared.corpus.split("train" if split == "all" else split or "validation")
+    settings = DataSettings.from_mapping(loaded.config["data"], "data")
+    directory = default_directory(settings, loaded.tokenizer)
+    try:
+        corpus = None if settings.stream or not directory.is_dir() else load_corpus(directory)
+        return None if corpus is None else token_counts(corpus.split("train"), loaded.tokenizer.vocab_size)
+    except DataError:  # an evaluation does not fail for a number beside it
+        return None
 
 
 def _write(output: Path, record: dict[str, Any]) -> None:
@@ -113,16 +108,22 @@ def _print(record: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    unit = record["perplexity_unit"]
+    unit, is_masked = record["perplexity_unit"], record["protocol"] == "masked"
     rows = [
         ("loss", f"{record['loss']:.4f}", "nats per target"),
         ("perplexity", f"{record['perplexity']:.3f}", f"per {unit}"),
-        ("bits per byte", "-" if record["bpb"] is None else f"{record['bpb']:.4f}", "of the raw text"),
-        ("accuracy", f"{record['accuracy']:.2%}", f"top-5 {record['top5_accuracy']:.2%}, top-10 "
-         f"{record['top10_accuracy']:.2%}"),
-        ("targets", f"{record['n_targets']:,}", f"{record['n_bytes'] or 0:,} bytes, split {record['split']}"),
+    ]
+    if not is_masked:
+        bpb = "-" if record["bpb"] is None else f"{record['bpb']:.4f}"
+        rows.append(("bits per byte", bpb, "of the raw text"))
+    among = f"top-5 {record['top5_accuracy']:.2%}, top-10 {record['top10_accuracy']:.2%}"
+    rows.append(("accuracy", f"{record['accuracy']:.2%}", among))
+    rows += _masked_rows(record) if is_masked else []
+    scored = "hidden tokens" if is_masked else f"{record['n_bytes'] or 0:,} bytes"
+    rows += [
+        ("targets", f"{record['n_targets']:,}", f"{scored}, split {record['split']}"),
         ("speed", f"{record['tokens_per_sec']:,.0f}", f"tokens/s ({record['dtype']}, {record['weights']} weights)"),
-    ]  # fmt: skip
+    ]
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
@@ -132,3 +133,24 @@ def _print(record: dict[str, Any]) -> None:
     console = Console(highlight=False)
     console.print(f"{record['checkpoint']} on '{record['data']}'", markup=False, soft_wrap=True)
     console.print(table)
+
+
+def _masked_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Accuracy by what the model read, and what models without context reach on the same targets."""
+    shown = {"mask": "[MASK]", "random": "a random token", "kept": "the token itself"}
+    rows = [
+        (f"  reading {text}", f"{record[f'{kind}_accuracy']:.2%}", "accuracy")
+        for kind, text in shown.items()
+        if record[f"{kind}_accuracy"] is not None
+    ]
+    for name, text in (("unigram", "token frequencies alone"), ("uniform", "nothing known")):
+        loss, accuracy = record[f"{name}_loss"], record[f"{name}_accuracy"]
+        if loss is None:
+            rows.append((f"{name} loss", "-", "the training text is not prepared here"))
+        else:
+            rows.append((f"{name} loss", f"{loss:.4f}", f"nats per target, accuracy {accuracy:.2%}: {text}"))
+    if "pll" in record:
+        per_byte = "" if record["pll_per_byte"] is None else f", {record['pll_per_byte']:.4f} bits per byte"
+        detail = f"nats per token{per_byte}, {record['pll_tokens']:,} tokens of {record['pll_documents']:,} documents"
+        rows.append(("pseudo-likelihood", f"{record['pll']:.4f}", detail))
+    return rows

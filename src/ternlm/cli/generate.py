@@ -35,7 +35,7 @@ def generate(
     """
     from ternlm import checkpoint as checkpoints
     from ternlm.device import choose_device, set_up
-    from ternlm.generation import SamplingSettings
+    from ternlm.generation import SamplingSettings, require_causal
     from ternlm.generation import generate as continue_prompts
     from ternlm.run_directory import runs_root
 
@@ -47,6 +47,7 @@ def generate(
     target = choose_device(device)
     set_up(target)
     loaded = checkpoints.load(checkpoints.resolve(checkpoint, runs_root(runs_dir)), target)
+    require_causal(loaded.model)
     repeated = [text for text in prompts or [""] for _ in range(samples)]
     results = continue_prompts(loaded.model, loaded.tokenizer, repeated, settings)
     is_jsonl = as_json or (output is not None and output.suffix == ".jsonl")

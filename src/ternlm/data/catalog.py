@@ -76,6 +76,14 @@ CORPORA: dict[str, CorpusEntry] = {
         "wikitext-103", "Wikipedia articles, raw text", "CC BY-SA 3.0, GFDL", "540 MB", SPLITS,
         "Salesforce/wikitext", "wikitext-103-raw-v1", rows_are_lines=True,
     ),
+    "wikitext-2-tokens": CorpusEntry(
+        "wikitext-2-tokens", "the same articles, split into words, rare ones <unk>", "CC BY-SA 3.0, GFDL", "10.8 MB",
+        SPLITS, "Salesforce/wikitext", "wikitext-2-v1", rows_are_lines=True,
+    ),
+    "wikitext-103-tokens": CorpusEntry(
+        "wikitext-103-tokens", "the same articles, split into words, rare ones <unk>", "CC BY-SA 3.0, GFDL", "539 MB",
+        SPLITS, "Salesforce/wikitext", "wikitext-103-v1", rows_are_lines=True,
+    ),
     "tinystories": CorpusEntry(
         "tinystories", "short stories in simple English, written by language models", "CDLA-Sharing-1.0",
         "1.9 GB", ("train", "validation"), "roneneldan/TinyStories",

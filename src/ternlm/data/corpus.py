@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
     from ternlm.data.loader import Loader
+    from ternlm.data.windows import Windows
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
@@ -222,9 +223,8 @@ class Corpus:
     def loader(
         self,
         batch_size: int,
-        sequence_length: int,
+        windows: "Windows",
         seed: int,
-        bos_id: int | None,
         device: "torch.device | str" = "cpu",
     ) -> "Loader":
         """Training batches.
@@ -234,7 +234,7 @@ class Corpus:
         """
         from ternlm.data.loader import Loader
 
-        return Loader(self.split("train"), batch_size, sequence_length, seed, bos_id, device)
+        return Loader(self.split("train"), batch_size, windows, seed, device)
 
     def bytes_per_token(self) -> float | None:
         """Raw bytes per target of the training split, or None if it has no targets."""

@@ -1,7 +1,8 @@
 """Batches from a token stream: random windows for training, consecutive ones for evaluation.
 
-There are no workers, no prefetch queue and no shuffle buffer: the position in the data is one integer,
-the number of samples drawn so far over all epochs and all ranks. The order of windows is `sampler`'s.
+What a batch is made of is `windows`' matter, the order of windows `sampler`'s. There are no workers, no prefetch
+queue and no shuffle buffer: the position in the data is one integer, the number of samples drawn so far over all
+epochs and all ranks.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ternlm.data.batch import IGNORED, Batch
+from ternlm.data.batch import Batch
 from ternlm.data.sampler import window_start, windows_per_epoch
+from ternlm.data.windows import Windows
 from ternlm.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,35 +30,32 @@ class Loader:
     Args:
         stream: Tokens of the training split.
         batch_size: Default number of windows per batch, B.
-        sequence_length: Targets per window, T.
+        windows: Makes a batch of spans of the stream.
         seed: Chooses the order of the windows.
-        bos_id: The id that is never a target, or None.
         device: Where batches go.
 
     Attributes:
         while_waiting, say: As `StreamLoader` has them; never called, since prepared data are there.
 
     Raises:
-        DataError: The stream holds fewer than T + 1 tokens.
+        DataError: The stream cannot fill one window.
     """
 
     def __init__(
         self,
         stream: "TokenStream",
         batch_size: int,
-        sequence_length: int,
+        windows: Windows,
         seed: int,
-        bos_id: int | None,
         device: torch.device | str = "cpu",
     ):
-        require_one_window(stream, sequence_length)
+        require_one_window(stream, windows)
         self.stream = stream
         self.batch_size = batch_size
-        self.sequence_length = sequence_length
+        self.windows = windows
         self.seed = seed
-        self.bos_id = bos_id
         self.device = torch.device(device)
-        self.windows_per_epoch = windows_per_epoch(len(stream), sequence_length)
+        self.windows_per_epoch = windows_per_epoch(len(stream), windows.stride, windows.overlap)
         self.while_waiting: Callable[[str | None], None] = lambda complaint: None
         self.say: Callable[[str], None] = lambda sentence: None
 
@@ -67,9 +66,10 @@ class Loader:
             counter: Samples drawn before this batch, over all epochs.
             size: Number of windows; the default is `batch_size`.
         """
-        length = self.sequence_length + 1
-        windows = np.stack([self.stream.read(s, s + length) for s in self.starts(counter, size)])
-        return Batch.from_windows(torch.from_numpy(windows.astype(np.int64)), self.bos_id).to(self.device)
+        starts, reads = self.starts(counter, size), self.windows.reads
+        spans = np.stack([self.stream.read(start, start + reads) for start in starts])
+        keys = [divmod(sample, self.windows_per_epoch) for sample in range(counter, counter + len(starts))]
+        return self.windows.batch(torch.from_numpy(spans.astype(np.int64)), keys).to(self.device)
 
     def starts(self, counter: int, size: int | None = None) -> list[int]:
         """First token of each of the samples [counter, counter + size)."""
@@ -83,7 +83,8 @@ class Loader:
                 int(epoch),
                 samples[chosen] % self.windows_per_epoch,
                 len(self.stream),
-                self.sequence_length,
+                self.windows.stride,
+                self.windows.overlap,
             )
         return [int(start) for start in starts]
 
@@ -108,9 +109,9 @@ class Loader:
             "documents": self.stream.documents,
             "bytes": self.stream.bytes,
             "tokens": len(self.stream),
-            "sequence_length": self.sequence_length,
+            "sequence_length": self.windows.sequence_length,
             "windows_per_epoch": self.windows_per_epoch,
-            "tokens_per_epoch": self.windows_per_epoch * self.sequence_length,
+            "tokens_per_epoch": self.windows_per_epoch * self.windows.stride,
             "batches_per_epoch": -(-self.windows_per_epoch // self.batch_size),
         }
 
@@ -118,59 +119,51 @@ class Loader:
 def evaluation_batches(
     stream: "TokenStream",
     batch_size: int,
-    sequence_length: int,
-    bos_id: int | None,
+    windows: Windows,
     max_tokens: int | None = None,
     device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
-    """Consecutive windows of T targets, in order, each with the previous token as context.
+    """Consecutive windows, in order, so that every token of the split belongs to one of them.
 
-    Every token after the first is a target exactly once (BOS never); the first token of the stream is
-    context only. The last window is padded with targets of -100 and the last batch may have fewer rows.
+    Causal windows have the previous token as context: every token after the first is a target exactly once (BOS
+    never), the first is context only, and the last window is padded with targets of -100. Of masked windows the
+    last is a shorter batch of its own, since an encoder would read padding. The last batch may have fewer rows.
 
     Args:
         stream: Tokens of the split.
         batch_size: Windows per batch, B.
-        sequence_length: Targets per window, T.
-        bos_id: The id that is never a target, or None.
-        max_tokens: Score only the first so many tokens of the split.
+        windows: Makes a batch of spans of the stream.
+        max_tokens: Only so many tokens from the beginning, those that are context only not counted.
         device: Where batches go.
 
     Raises:
-        DataError: The stream holds fewer than two tokens.
+        DataError: The stream is too short to score anything.
     """
-    last = len(stream) - 1 if max_tokens is None else min(len(stream) - 1, max_tokens)
+    overlap = windows.overlap
+    last = len(stream) - overlap if max_tokens is None else min(len(stream) - overlap, max_tokens)
     if last < 1:
         raise DataError(
-            f"the {stream.name} split holds {len(stream)} tokens; scoring needs at least 2. "
+            f"the {stream.name} split holds {len(stream)} tokens; scoring needs at least {1 + overlap}. "
             f"Raise data.{stream.name}_fraction or set data.{stream.name}_path."
         )
-    span = batch_size * sequence_length
+    span = batch_size * windows.stride
     for start in range(0, last, span):
-        read = torch.from_numpy(stream.read(start, min(start + span, last) + 1).astype(np.int64))
-        yield _consecutive(read, sequence_length, bos_id).to(device)
+        read = torch.from_numpy(stream.read(start, min(start + span, last) + overlap).astype(np.int64))
+        for batch in windows.consecutive(read, start // windows.stride):
+            yield batch.to(device)
 
 
-def require_one_window(stream: "TokenStream", sequence_length: int) -> None:
+def require_one_window(stream: "TokenStream", windows: Windows) -> None:
     """Refuse a stream that cannot fill one window.
 
     Raises:
-        DataError: The stream holds fewer than T + 1 tokens.
+        DataError: The stream is shorter than what one window reads.
     """
-    if len(stream) < sequence_length + 1:
+    missing = windows.reads - len(stream)
+    if missing > 0:
+        length = windows.sequence_length
         raise DataError(
             f"the {stream.name} split holds {len(stream):,} tokens; one window of data.sequence_length="
-            f"{sequence_length} needs {sequence_length + 1:,}. Add text or lower data.sequence_length to "
-            f"{max(len(stream) - 1, 1)} or less."
+            f"{length} needs {windows.reads:,}. Add text or lower data.sequence_length to "
+            f"{max(length - missing, 1)} or less."
         )
-
-
-def _consecutive(read: torch.Tensor, sequence_length: int, bos_id: int | None) -> Batch:
-    scored = len(read) - 1
-    rows = -(-scored // sequence_length)
-    tokens = torch.zeros(rows * sequence_length, dtype=torch.int64)
-    targets = torch.full((rows * sequence_length,), IGNORED, dtype=torch.int64)
-    tokens[:scored], targets[:scored] = read[:-1], read[1:]
-    if bos_id is not None:
-        targets[targets == bos_id] = IGNORED
-    return Batch(tokens.view(rows, sequence_length), targets.view(rows, sequence_length))

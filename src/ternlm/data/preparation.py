@@ -48,7 +48,7 @@ def prepare_data(
     """
     trains = tokenizer.name == "train"
     patience = Patience(data.retry_for, say, wait_unless(should_stop))
-    loaded = _trained(data, tokenizer.vocab_size, patience) if trains else load_tokenizer(tokenizer.name)
+    loaded = _trained(data, tokenizer, patience) if trains else load_tokenizer(tokenizer.name)
     if data.stream:
         if folder is None:
             raise SettingsError(
@@ -65,15 +65,16 @@ def prepare_data(
     return Prepared(corpus, loaded)
 
 
-def _trained(data: DataSettings, vocab_size: int, patience: Patience) -> Tokenizer:
+def _trained(data: DataSettings, settings: TokenizerSettings, patience: Patience) -> Tokenizer:
     """A byte-level BPE of the training documents, kept in the cache under a hash of what it was made from."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ternlm" / "tokenizers"
-    key = hashlib.sha256(f"{source_identity(data)}|{vocab_size}".encode()).hexdigest()[:16]
+    vocab_size, marked = settings.vocab_size, "|mask" if settings.mask_token else ""
+    key = hashlib.sha256(f"{source_identity(data)}|{vocab_size}{marked}".encode()).hexdigest()[:16]
     directory = cache / f"bpe-{vocab_size}-{key}"
     if (directory / "tokenizer.json").exists():
         return load_tokenizer(directory)
     patience.say(f"training a BPE tokenizer of {vocab_size:,} ids on '{data.source}'")
-    trained = train_bpe(open_corpus(data, "train", patience), vocab_size)
+    trained = train_bpe(open_corpus(data, "train", patience), vocab_size, mask_token=settings.mask_token)
     unfinished = directory.with_name(f".{directory.name}.{os.getpid()}")
     try:
         unfinished.mkdir(parents=True)

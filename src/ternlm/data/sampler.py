@@ -1,6 +1,6 @@
 """Which window of the token stream is sample k of epoch e: a pure function, with no state to save.
 
-An epoch shifts all windows by a phase in [0, T), so that window edges fall elsewhere each time, and
+An epoch shifts all windows by a phase in [0, S), so that window edges fall elsewhere each time, and
 visits them in the order of a keyed permutation that is computed, not stored. Everything follows from
 (seed, epoch, index); how batches are made of windows is left to `loader`.
 """
@@ -12,42 +12,50 @@ import numpy as np
 ROUNDS = 6
 
 
-def windows_per_epoch(num_tokens: int, sequence_length: int) -> int:
-    """Windows of T inputs and their next tokens that fit for every phase; 0 if not even one fits.
+def windows_per_epoch(num_tokens: int, stride: int, overlap: int = 1) -> int:
+    """Windows that fit for every phase; 0 if not even one fits.
 
-    One window needs T + 1 tokens. With any phase up to T - 1, floor((N - T) / T) windows fit; a stream
-    between T + 1 and 2T tokens has one.
+    One window needs S + o tokens. With any phase up to S - 1, floor((N - S - o + 1) / S) windows fit; a stream
+    that holds one window but not at every phase has one.
+
+    Args:
+        num_tokens: Length of the stream, N.
+        stride: Tokens from one window to the next, S.
+        overlap: Tokens that a window shares with the next one, o: 1 where the last is a target only, or 0.
     """
-    if num_tokens < sequence_length + 1:
+    if num_tokens < stride + overlap:
         return 0
-    return max(1, (num_tokens - sequence_length) // sequence_length)
+    return max(1, (num_tokens - stride - overlap + 1) // stride)
 
 
-def window_start(seed: int, epoch: int, index: int | np.ndarray, num_tokens: int, sequence_length: int) -> np.ndarray:
+def window_start(
+    seed: int, epoch: int, index: int | np.ndarray, num_tokens: int, stride: int, overlap: int = 1
+) -> np.ndarray:
     """First token of sample `index` of an epoch.
 
-    start = phase(seed, epoch) + T * permutation(seed, epoch)[index]
+    start = phase(seed, epoch) + S * permutation(seed, epoch)[index]
 
     Args:
         seed: Any integer.
         epoch: Number of completed passes over the stream.
         index: Sample numbers within the epoch, in [0, windows_per_epoch), a number or an array.
         num_tokens: Length of the stream, N.
-        sequence_length: Targets per window, T.
+        stride: Tokens from one window to the next, S.
+        overlap: Tokens that a window shares with the next one, o.
 
     Returns:
-        int64, the shape of `index`; the window is [start, start + T], T + 1 tokens.
+        int64, the shape of `index`; the window is [start, start + S + o).
 
     Raises:
         ValueError: An index is outside the epoch.
     """
-    windows = windows_per_epoch(num_tokens, sequence_length)
+    windows = windows_per_epoch(num_tokens, stride, overlap)
     indices = np.asarray(index, dtype=np.int64)
     if indices.size and (indices.min() < 0 or indices.max() >= windows):
         raise ValueError(f"sample index outside the epoch of {windows} windows")
-    phases = min(sequence_length, num_tokens - windows * sequence_length)
-    phase = _key(seed, epoch, "phase") % phases
-    starts: np.ndarray = phase + sequence_length * permute(indices, windows, seed, epoch)
+    phases = min(stride, num_tokens - windows * stride - overlap + 1)
+    phase = derived_key(seed, epoch, "phase") % phases
+    starts: np.ndarray = phase + stride * permute(indices, windows, seed, epoch)
     return starts
 
 
@@ -66,7 +74,7 @@ def permute(indices: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray
         Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains", sections 4 and 5.
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    keys = [np.uint64(_key(seed, epoch, f"round {number}")) for number in range(ROUNDS)]
+    keys = [np.uint64(derived_key(seed, epoch, f"round {number}")) for number in range(ROUNDS)]
     values = _feistel(indices.astype(np.uint64).reshape(-1), half, keys)
     outside = values >= size
     while outside.any():
@@ -79,18 +87,19 @@ def _feistel(values: np.ndarray, half: int, keys: list[np.uint64]) -> np.ndarray
     shift, mask = np.uint64(half), np.uint64(2**half - 1)
     left, right = values >> shift, values & mask
     for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
+        left, right = right, left ^ (mix(right ^ key) & mask)
     return (left << shift) | right
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
-    """SplitMix64's finalizer (Steele et al. 2014); unsigned overflow is wanted."""
+def mix(values: np.ndarray) -> np.ndarray:
+    """SplitMix64's finalizer, a bijection of 64-bit numbers (Steele et al. 2014); unsigned overflow is wanted."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: np.ndarray = values ^ (values >> np.uint64(31))
     return mixed
 
 
-def _key(seed: int, epoch: int, purpose: str) -> int:
+def derived_key(seed: int | str, epoch: int, purpose: str) -> int:
+    """A 64-bit number that belongs to a purpose, a pure function of the arguments."""
     digest = hashlib.blake2b(f"{seed}|{epoch}|{purpose}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little")

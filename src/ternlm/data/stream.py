@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from ternlm.data.stream_loader import StreamLoader
+    from ternlm.data.windows import Windows
 
 SCHEMA = 1
 RECORD = "stream.json"
@@ -101,9 +102,8 @@ class StreamedCorpus:
     def loader(
         self,
         batch_size: int,
-        sequence_length: int,
+        windows: "Windows",
         seed: int,
-        bos_id: int | None,
         device: "torch.device | str" = "cpu",
     ) -> "StreamLoader":
         """Training batches.
@@ -113,12 +113,12 @@ class StreamedCorpus:
         """
         from ternlm.data.stream_loader import StreamLoader
 
-        if sequence_length != self._record["sequence_length"]:
+        if windows.sequence_length != self._record["sequence_length"]:
             raise DataError(
                 f"the stream in {self.directory} was made for data.sequence_length="
-                f"{self._record['sequence_length']}, not {sequence_length}. Start a new run."
+                f"{self._record['sequence_length']}, not {windows.sequence_length}. Start a new run."
             )
-        return StreamLoader(self._producer, batch_size, sequence_length, seed, bos_id, device)
+        return StreamLoader(self._producer, batch_size, windows, seed, device)
 
     def bytes_per_token(self) -> float | None:
         """Raw bytes per target of the first block, or None before it is made; the same number all through a run."""

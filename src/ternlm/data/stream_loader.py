@@ -12,20 +12,21 @@ import torch
 from ternlm.data.batch import Batch
 from ternlm.data.producer import Producer
 from ternlm.data.sampler import permute
+from ternlm.data.windows import Windows
 
 
 class StreamLoader:
     """Training batches as a pure function of a sample counter; `batch` waits until its blocks are there.
 
-    A block holds W windows of T targets and shares its first token with the block before, so every token of the
-    stream is a target exactly once. Sample c is window permutation(seed, c // W)[c % W] of block c // W.
+    A block shares its first token with the block before and is cut into W windows. Causal windows fill it, so
+    every token of the stream is a target exactly once; masked ones leave less than a window at its end.
+    Sample c is window permutation(seed, c // W)[c % W] of block c // W.
 
     Args:
         producer: Gives the blocks.
         batch_size: Default number of windows per batch, B.
-        sequence_length: Targets per window, T.
+        windows: Makes a batch of spans of a block.
         seed: Chooses the order of the windows in each block.
-        bos_id: The id that is never a target, or None.
         device: Where batches go.
 
     Attributes:
@@ -42,17 +43,15 @@ class StreamLoader:
         self,
         producer: Producer,
         batch_size: int,
-        sequence_length: int,
+        windows: Windows,
         seed: int,
-        bos_id: int | None,
         device: torch.device | str = "cpu",
     ):
         self.batch_size = batch_size
-        self.sequence_length = sequence_length
+        self.windows = windows
         self.seed = seed
-        self.bos_id = bos_id
         self.device = torch.device(device)
-        self.windows_per_block = (producer.store.tokens - 1) // sequence_length
+        self.windows_per_block = (producer.store.tokens - 1) // windows.stride
         self.while_waiting: Callable[[str | None], None] = lambda complaint: None
         self.say: Callable[[str], None] = lambda sentence: None
         self._producer = producer
@@ -68,15 +67,15 @@ class StreamLoader:
         Raises:
             DataError: The source cannot be read any more.
         """
-        starts = self._starts(counter, size)
-        span = self.windows_per_block * self.sequence_length
-        windows = np.empty((len(starts), self.sequence_length + 1), dtype=np.int64)
+        starts, reads = self._starts(counter, size), self.windows.reads
+        spans = np.empty((len(starts), reads), dtype=np.int64)
         for row, start in enumerate(starts):
-            number, offset = divmod(int(start), span)
-            windows[row] = self._tokens(number)[offset : offset + self.sequence_length + 1]
+            number, offset = divmod(int(start), self._producer.store.tokens - 1)
+            spans[row] = self._tokens(number)[offset : offset + reads]
         while self._producer.sentences:
             self.say(self._producer.sentences.popleft())
-        return Batch.from_windows(torch.from_numpy(windows), self.bos_id).to(self.device)
+        keys = [(0, counter + row) for row in range(len(starts))]
+        return self.windows.batch(torch.from_numpy(spans), keys).to(self.device)
 
     def samples(self, counter: int, size: int | None = None) -> list[dict[str, Any]]:
         """What identifies each of the samples [counter, counter + size).
@@ -103,7 +102,7 @@ class StreamLoader:
             "documents": sum(block.documents for block in made),
             "bytes": sum(block.bytes for block in made),
             "tokens": len(made) * (tokens - 1) + bool(made),
-            "sequence_length": self.sequence_length,
+            "sequence_length": self.windows.sequence_length,
             "windows_per_epoch": None,
             "tokens_per_epoch": None,
             "batches_per_epoch": None,
@@ -118,11 +117,12 @@ class StreamLoader:
         """First token of each of the samples, counted from the beginning of the stream, int64."""
         samples = np.arange(counter, counter + (self.batch_size if size is None else size), dtype=np.int64)
         blocks = samples // self.windows_per_block
-        windows = blocks * self.windows_per_block
+        starts = blocks * (self._producer.store.tokens - 1)
         for number in np.unique(blocks):
             chosen = samples[blocks == number] % self.windows_per_block
-            windows[blocks == number] += permute(chosen, self.windows_per_block, self.seed, int(number))
-        return windows * self.sequence_length
+            order = permute(chosen, self.windows_per_block, self.seed, int(number))
+            starts[blocks == number] += order * self.windows.stride
+        return starts
 
     def _tokens(self, number: int) -> np.ndarray:
         if self._block[0] != number:

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from ternlm.evaluation.settings import EvaluationSettings, SampleMode
-from ternlm.generation import Request, SamplingSettings, Trace, continue_all, row_seed
+from ternlm.generation import Request, SamplingSettings, Trace, continue_all, fill, has_mask, row_seed
 from ternlm.models import LanguageModel
 from ternlm.tokenizers import Tokenizer
 
@@ -27,7 +27,7 @@ _AT_A_TIME = 16  # samples decoded together, which bounds the memory of their st
 def sample_modes(
     model: LanguageModel, tokenizer: Tokenizer, settings: EvaluationSettings, seed: int
 ) -> list[dict[str, Any]]:
-    """Continue every prompt in every mode.
+    """Continue every prompt in every mode; with an encoder, fill the gaps of those that have some.
 
     Args:
         model: Used in evaluation mode; put back as it was. The global random state is neither read nor changed.
@@ -37,8 +37,11 @@ def sample_modes(
 
     Returns:
         One row per mode and prompt, modes outermost. Shares of nothing are None; entropies are in nats, of
-        the model's own distribution, over every position drawn, EOS included.
+        the model's own distribution, over every position drawn, EOS included. An encoder has the mode `fill` alone,
+        with the five likeliest tokens and their probabilities for each mask in `top5`.
     """
+    if not model.is_causal:
+        return _fills(model, tokenizer, settings.prompts)
     cases = [
         Request(
             prompt,
@@ -70,6 +73,17 @@ def _rows(model: LanguageModel, tokenizer: Tokenizer, requests: Sequence[Request
             "logits_first_10": [[(token, round(logit, 4)) for token, logit in position] for position in top[:drawn]],
         })  # fmt: skip
     return rows
+
+
+def _fills(model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    return [
+        {
+            "mode": "fill", "prompt": filled.text, "generated_text": filled.filled,
+            "mean_entropy": _mean(filled.entropies),
+            "top5": [[(each.text, round(each.probability, 6)) for each in mask] for mask in filled.masks],
+        }
+        for filled in fill(model, tokenizer, [prompt for prompt in prompts if has_mask(prompt)])
+    ]  # fmt: skip
 
 
 def repetition(ids: Sequence[int]) -> dict[str, float | None]:

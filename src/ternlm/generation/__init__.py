@@ -1,10 +1,12 @@
-"""Sampling and decoding for any model family, through its state alone."""
+"""Continuing text with any causal model, through its state alone, and filling gaps in it with an encoder."""
 
 from ternlm.generation.decode import Request, Sample, continue_all, generate, stream
+from ternlm.generation.fill import Candidate, Filled, fill, has_mask, require_causal, require_encoder
 from ternlm.generation.sampling import SamplingSettings, row_seed, sample_next
 from ternlm.generation.trace import Trace
 
 __all__ = [
-    "Request", "Sample", "SamplingSettings", "Trace",
-    "continue_all", "generate", "row_seed", "sample_next", "stream",
+    "Candidate", "Filled", "Request", "Sample", "SamplingSettings", "Trace",
+    "continue_all", "fill", "generate", "has_mask", "require_causal", "require_encoder", "row_seed", "sample_next",
+    "stream",
 ]  # fmt: skip

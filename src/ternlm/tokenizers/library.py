@@ -28,7 +28,7 @@ _CONVENTIONS = {
     "eos": ("</s>", "<|eos|>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[SEP]"),
     "pad": ("<pad>", "<|pad|>", "[PAD]"),
     "unk": ("<unk>", "[UNK]"),
-    "mask": ("<mask>", "[MASK]"),
+    "mask": ("<mask>", "<|mask|>", "[MASK]"),
 }
 _LARGEST_ID = 2**22
 _PROBE = "  Probe: naïve\tЖук 猫\n\n🙂 e\u0301 \x00\ufffd\u2028  "

@@ -13,10 +13,12 @@ class TokenizerSettings(Settings):
         name: ``"byte"``, ``"train"`` (a byte-level BPE trained on the run's training documents), or any
             source that `load_tokenizer` takes: a folder, a tokenizer file, a name on the hub.
         vocab_size: Ids of the trained tokenizer, specials included; used with ``name="train"`` only.
+        mask_token: Give the trained tokenizer a mask token, which ``objective.name=mlm`` needs.
     """
 
     name: str = "byte"
     vocab_size: Count = 4096
+    mask_token: bool = False
 
     @field_validator("name")
     @classmethod
