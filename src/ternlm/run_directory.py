@@ -14,6 +14,8 @@ runs/<run_id>/
 |- stream/        token blocks read ahead, for data that are streamed
 |- wandb/         what the wandb package writes
 `- run.lock       held while a process trains here
+
+A sweep is a folder of runs: runs/<sweep_id>/sweep.json, and beside it the runs, called <sweep_id>/<run_id>.
 """
 
 import errno
@@ -30,6 +32,8 @@ from typing import Any
 
 from ternlm.errors import EnvironmentFault, SettingsError
 from ternlm.files import held, replace_durably, synchronize_folder
+
+SWEEP = "sweep.json"
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -127,6 +131,13 @@ class RunDirectory:
                 replace_durably(file, b"".join([*complete[:1], *kept]))
 
 
+def use_command(run: RunDirectory, objective: object) -> str:
+    """What a user of the trained model would run first: generation, or for an encoder the filling of masks."""
+    if objective == "mlm":
+        return f"ternlm fill {run.path} 'A text with a [MASK] in it.'"
+    return f"ternlm generate {run.path} --prompt '...'"
+
+
 def new_run_id(recipe: str) -> str:
     """A name that sorts by time and does not collide: ``demo-20261120-153401-ab12``."""
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
@@ -158,20 +169,25 @@ def find_run(reference: str, root: Path) -> RunDirectory:
     path = Path(reference)
     if (path / "meta").is_dir():
         return RunDirectory(path)
-    known = sorted(folder for folder in root.glob("*/") if (folder / "meta").is_dir())
+    folders = (run for folder in root.glob("*/") for run in runs_in(folder))
+    known = sorted(folder for folder in folders if (folder / "meta").is_dir())
     if reference == "latest":
         if not known:
             raise EnvironmentFault(f"there are no runs in '{root}'. Start one with 'ternlm train'.")
         return RunDirectory(max(known, key=lambda folder: (folder / "meta").stat().st_mtime))
-    matches = [folder for folder in known if folder.name == reference]
-    matches = matches or [folder for folder in known if folder.name.startswith(reference)]
+    named = {folder.relative_to(root).as_posix(): folder for folder in known}
+    matches = [name for name in named if name == reference] or [name for name in named if name.startswith(reference)]
     if len(matches) == 1:
-        return RunDirectory(matches[0])
+        return RunDirectory(named[matches[0]])
     if matches:
-        names = ", ".join(folder.name for folder in matches)
-        raise EnvironmentFault(f"'{reference}' matches several runs: {names}. Write more of the name.")
-    names = ", ".join(folder.name for folder in known[-5:]) or "none"
+        raise EnvironmentFault(f"'{reference}' matches several runs: {', '.join(matches)}. Write more of the name.")
+    names = ", ".join([*named][-5:]) or "none"
     raise EnvironmentFault(f"no run '{reference}' in '{root}' (newest runs: {names}). Give its path or name.")
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The folder itself, or the runs of a sweep."""
+    return sorted(folder.glob("*/")) if (folder / SWEEP).is_file() else [folder]
 
 
 def append_jsonl(file: Path, row: Mapping[str, Any]) -> None:

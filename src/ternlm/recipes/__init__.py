@@ -1,8 +1,10 @@
-"""Recipes: complete settings of a run, one YAML file each, shipped with the package."""
+"""Recipes: complete settings of a run, one YAML file each, shipped with the package; and sweeps over them."""
 
 import difflib
 import re
+from collections.abc import Iterable
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,9 +32,13 @@ class Recipe(NamedTuple):
 
 def recipe_names() -> list[str]:
     """Names of the shipped recipes, sizes in numeric order."""
-    folder = resources.files(__package__)
-    names = (file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    names = _names(resources.files(__package__))
     return sorted(names, key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+
+
+def sweep_names() -> list[str]:
+    """Names of the shipped sweeps."""
+    return sorted(_names(_sweeps()))
 
 
 def recipe_text(name: str) -> str:
@@ -43,10 +49,34 @@ def recipe_text(name: str) -> str:
     """
     names = recipe_names()
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-        hint = f"Did you mean '{near[0]}'?" if near else f"Recipes: {', '.join(names)}."
-        raise SettingsError(f"unknown recipe '{name}'. {hint} 'ternlm recipes' lists them; a .yaml file works too.")
+        raise _unknown("recipe", name, names)
     return resources.files(__package__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def sweep_text(name: str) -> str:
+    """The file of a shipped sweep; the name is one of `sweep_names`."""
+    return _sweeps().joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def load_sweep(reference: str) -> Recipe | None:
+    """A shipped sweep by name, or a sweep file by path; None if this names a recipe, or a file of settings.
+
+    The values are those of a sweep file, not yet validated.
+
+    Raises:
+        SettingsError: There is no such sweep, recipe or file, or it is malformed.
+    """
+    if Path(reference).suffix in (".yaml", ".yml", ".json"):
+        path = Path(reference)
+        name, origin, values = path.stem, f"file {path}", read_mapping(path)
+    elif reference in sweep_names():
+        name, origin, values = reference, f"sweep {reference}", yaml.safe_load(sweep_text(reference))
+    else:
+        if reference not in recipe_names():
+            raise _unknown("sweep or recipe", reference, [*sweep_names(), *recipe_names()])
+        return None
+    is_sweep = not values.keys().isdisjoint(("trials", "grid", "random", "recipe", "seeds", "samples"))
+    return Recipe(name, origin, str(values.get("description", "")), values) if is_sweep else None
 
 
 def load_recipe(reference: str) -> Recipe:
@@ -74,3 +104,17 @@ def _on_top(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         below = merged.get(section)
         merged[section] = below | fields if isinstance(below, dict) and isinstance(fields, dict) else fields
     return merged
+
+
+def _sweeps() -> Traversable:
+    return resources.files(__package__).joinpath("sweeps")
+
+
+def _names(folder: Traversable) -> Iterable[str]:
+    return (file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+
+
+def _unknown(kind: str, name: str, names: list[str]) -> SettingsError:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(names)}."
+    return SettingsError(f"unknown {kind} '{name}'. {hint} 'ternlm recipes' lists them; a .yaml file works too.")
