@@ -22,7 +22,7 @@ from ternlm import checkpoint
 from ternlm.checkpoint import snapshot as snapshot_module
 from ternlm.checkpoint import writer as module
 from ternlm.checkpoint.writer import Saved, Writer
-from ternlm.errors import CheckpointError, Diverged, StorageFault, TernlmError
+from ternlm.errors import CheckpointError, Diverged, SettingsError, StorageFault, TernlmError
 from test_checkpoint import contents, fake
 
 STATE = {"run_id": "mine", "progress": {"step": 0, "best_loss": 1.5}}
@@ -598,3 +598,36 @@ def test_a_damaged_checkpoint_of_the_same_step_gives_way(root: Path) -> None:
         writer.submit(5, made(8))
     assert seed_of(root, 5) == 8
     assert hidden(root) == []
+
+
+def test_a_checkpoint_saved_as_a_folder_is_one_like_any_other_with_its_reports(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "calibrated"
+    given = made(7)._replace(optimizer={}, reports={"report.json": {"loss": 1.25}})
+    assert checkpoint.save_as(path, 7, given) == path
+    assert json.loads((path / "report.json").read_text()) == {"loss": 1.25}
+    assert "report.json" in checkpoint.verify(path)["files"]
+    opened = checkpoint.open_checkpoint(path)
+    assert (opened.state["step"], opened.optimizer) == (7, {})
+    assert checkpoint.resolve(str(path), tmp_path) == path
+    (path / "report.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"report\.json"):
+        checkpoint.verify(path)
+
+
+def test_a_checkpoint_is_never_saved_as_a_folder_that_is_there(tmp_path: Path) -> None:
+    for there in (tmp_path, tmp_path / "file"):
+        if there != tmp_path:
+            there.write_text("mine")
+        with pytest.raises(SettingsError, match="exists already"):
+            checkpoint.save_as(there, 7, made(7))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_full_disk_leaves_nothing_of_a_checkpoint_saved_as_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", no_space)
+        with pytest.raises(StorageFault, match=r"cannot be written: No space left.*choose another folder"):
+            checkpoint.save_as(tmp_path / "calibrated", 7, made(7))
+    assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from ternlm.checkpoint.loading import (
 from ternlm.checkpoint.manifest import verify
 from ternlm.checkpoint.snapshot import Contents
 from ternlm.checkpoint.store import abandon, folder, newest_valid, point, prune, remove_unfinished, resolve, steps
-from ternlm.checkpoint.writer import Saved, Writer, require_room, save
+from ternlm.checkpoint.writer import Saved, Writer, require_room, save, save_as
 
 __all__ = [
     "Contents",
@@ -38,6 +38,7 @@ __all__ = [
     "require_room",
     "resolve",
     "save",
+    "save_as",
     "steps",
     "verify",
 ]

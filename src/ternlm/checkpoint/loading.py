@@ -13,6 +13,7 @@ from ternlm.checkpoint.store import first_good
 from ternlm.device import choose_dtype
 from ternlm.errors import CheckpointError, SettingsError
 from ternlm.models import LanguageModel, QuantizationMode, build_model, model_settings
+from ternlm.models.stages import QuantizationSettings, Stages
 from ternlm.tokenizers import Tokenizer, load_tokenizer
 
 
@@ -50,7 +51,7 @@ def load(path: Path, device: torch.device | str = "cpu", mode: QuantizationMode 
     Args:
         path: A checkpoint folder.
         device: Where the model goes.
-        mode: Rounding to use instead of the one it was trained with.
+        mode: Rounding to use instead of the one it was trained with, which is that of its last update.
 
     Raises:
         CheckpointError: The checkpoint is damaged or does not fit its own settings.
@@ -61,7 +62,9 @@ def load(path: Path, device: torch.device | str = "cpu", mode: QuantizationMode 
         settings = model_settings(config["model"])
         if settings.vocab_size is None:
             raise ValueError("model.vocab_size is not set")
-        mode = mode or QuantizationMode.from_mapping(config["quantization"], "quantization")
+        quantization = QuantizationSettings.from_mapping(config["quantization"], "quantization")
+        stages = Stages(quantization, settings.num_blocks, int(state.get("total_steps", 0)))
+        last_update = int(state["step"]) - 1
         dtype = choose_dtype(config["training"]["precision"], torch.device(device))
     except (LookupError, TypeError, ValueError, AttributeError, SettingsError) as error:
         raise CheckpointError(f"'{path / CONFIG}' describes no model ({error}). Use another checkpoint.") from None
@@ -70,14 +73,17 @@ def load(path: Path, device: torch.device | str = "cpu", mode: QuantizationMode 
         if getattr(settings, "num_hidden_layers", 0) > len(tensors):
             raise RuntimeError(f"more layers than the {len(tensors)} tensors of the file")
         with torch.device("meta"):  # sizes are compared before any memory is taken for them
-            require_fitting(build_model(settings, mode), tensors, path)
+            require_fitting(build_model(settings, quantization.base()), tensors, path)
         with torch.device(device):
-            model = build_model(settings, mode)
+            model = build_model(settings, quantization.base())
     except RuntimeError as error:
         reason = str(error).partition("\n")[0][:200]
         raise CheckpointError(f"'{path / CONFIG}' describes no model ({reason}). Use another checkpoint.") from None
     model.compute_dtype = dtype
     load_tensors(model, tensors, path)
+    stages.apply(model, last_update)
+    if mode is not None:
+        model.set_mode(mode)
     tokenizer = load_tokenizer(path)
     expected = state.get("tokenizer_fingerprint")
     if tokenizer.fingerprint != expected:

@@ -8,6 +8,7 @@ block of memory first. Reading is the library's.
 import json
 import platform
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import safetensors
@@ -37,6 +38,7 @@ class Contents(NamedTuple):
             ``progress.roll_backs`` also go into the manifest.
         config: Resolved settings, JSON values only.
         tokenizer: Saved beside the model.
+        reports: Further files by name, JSON values only.
     """
 
     model: Mapping[str, Tensor]
@@ -44,6 +46,7 @@ class Contents(NamedTuple):
     state: Mapping[str, Any]
     config: Mapping[str, Any]
     tokenizer: Tokenizer
+    reports: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 
 
 class Snapshot(NamedTuple):
@@ -112,6 +115,7 @@ def take(step: int, contents: Contents, pinned: str | None = None, buffers: Buff
         parts[STATE], parts[CONFIG] = [to_json(state)], [to_json(contents.config)]
     except ValueError as error:
         raise Diverged(f"the counters at step {step} are not finite ({error}); they are not saved.") from None
+    parts |= {name: [to_json(report)] for name, report in contents.reports.items()}
     progress = contents.state.get("progress")
     device = next((tensor.device.type for tensor in contents.model.values()), "cpu")
     manifest = {

@@ -17,10 +17,12 @@ from typing import NamedTuple, Self
 from ternlm.checkpoint.manifest import MANIFEST, read_manifest, seal, verify
 from ternlm.checkpoint.snapshot import Buffers, Contents, Snapshot, take
 from ternlm.checkpoint.store import folder, point, prune, remove, remove_unfinished, steps
-from ternlm.errors import CheckpointError, StorageFault, TokenizerError
+from ternlm.errors import CheckpointError, SettingsError, StorageFault, TokenizerError
 from ternlm.files import synchronize_folder, to_json, write_durably, write_parts_durably
 
 MIN_FREE = 200_000_000
+
+_WAY_OUT = "Earlier checkpoints are untouched; free disk space or choose another --runs-dir, then resume."
 
 
 class Saved(NamedTuple):
@@ -162,7 +164,7 @@ class Writer:
     def _save(self, snapshot: Snapshot, pointers: Sequence[str], protect: frozenset[int], started: float) -> Saved:
         run_id = str(snapshot.manifest["run_id"])
         removed = self._make_room(snapshot, run_id, protect)
-        path = _commit(self.root, snapshot)
+        path = _commit(folder(self.root, snapshot.step), snapshot)
         for name in pointers:
             point(self.root, name, path)
         protect |= {snapshot.step}
@@ -195,7 +197,25 @@ def save(root: Path, step: int, contents: Contents, pinned: str | None = None) -
         Diverged: A value is not finite.
         StorageFault: The disk is full or failing, or the folder cannot be written.
     """
-    return _commit(root, take(step, contents, pinned))
+    return _commit(folder(root, step), take(step, contents, pinned))
+
+
+def save_as(path: Path, step: int, contents: Contents) -> Path:
+    """Write a checkpoint that belongs to no run's folder, under any name, and return its path.
+
+    Args:
+        path: The folder, which must not exist.
+        step: Completed optimizer steps of the model.
+        contents: What to write.
+
+    Raises:
+        SettingsError: There is something already.
+        Diverged: A value is not finite.
+        StorageFault: The disk is full or failing, or the folder cannot be written.
+    """
+    if path.exists():
+        raise SettingsError(f"'{path}' exists already; a checkpoint is never written over it. Choose another folder.")
+    return _commit(path, take(step, contents), "Nothing else was changed; free disk space or choose another folder.")
 
 
 def require_room(root: Path, size: int, min_free: int = MIN_FREE) -> None:
@@ -218,10 +238,9 @@ def require_room(root: Path, size: int, min_free: int = MIN_FREE) -> None:
         )
 
 
-def _commit(root: Path, snapshot: Snapshot) -> Path:
+def _commit(target: Path, snapshot: Snapshot, way_out: str = _WAY_OUT) -> Path:
     """Write a checkpoint beside its place, bring it to the disk, rename it, and read it back."""
-    target = folder(root, snapshot.step)
-    temporary = root / f".tmp-{target.name}"
+    temporary = target.with_name(f".tmp-{target.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -230,11 +249,11 @@ def _commit(root: Path, snapshot: Snapshot) -> Path:
         if target.exists():  # a damaged one, passed over on resume; it gives way only now
             remove(target)
         temporary.rename(target)
-        synchronize_folder(root)
+        synchronize_folder(target.parent)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError | TokenizerError):
-            raise _fault(target, error) from error
+            raise _fault(target, error, way_out) from error
         raise
     try:
         verify(target)
@@ -242,8 +261,7 @@ def _commit(root: Path, snapshot: Snapshot) -> Path:
         with suppress(OSError):
             remove(target)
         raise StorageFault(
-            f"checkpoint '{target}' does not read back as it was written ({error}) Earlier checkpoints are "
-            "untouched; check the disk or choose another --runs-dir, then resume."
+            f"checkpoint '{target}' does not read back as it was written ({error}) The disk may be failing. {way_out}"
         ) from error
     return target
 
@@ -285,9 +303,6 @@ def _last_good(root: Path, run_id: str) -> int | None:
     return None
 
 
-def _fault(path: Path, error: OSError | TokenizerError) -> StorageFault:
+def _fault(path: Path, error: OSError | TokenizerError, way_out: str = _WAY_OUT) -> StorageFault:
     reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
-    return StorageFault(
-        f"checkpoint '{path}' cannot be written: {reason}. Earlier checkpoints are untouched; "
-        "free disk space or choose another --runs-dir, then resume."
-    )
+    return StorageFault(f"checkpoint '{path}' cannot be written: {reason}. {way_out}")

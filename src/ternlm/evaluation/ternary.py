@@ -48,15 +48,32 @@ def quantized_matrices(model: LanguageModel) -> Iterator[Matrix]:
     """The matrices of BitLinear layers that are rounded, in order."""
     for name, layer in model.bit_linears().items():
         if layer.mode.weights != "none":
-            weights = layer.weight.detach().split(layer.sizes)
-            for weight, (matrix, (codes, scale)) in zip(weights, layer.matrices().items(), strict=True):
-                yield Matrix(f"{name.rpartition('.')[0]}.{matrix}", layer, weight, codes, scale)
+            yield from layer_matrices(name, layer)
+
+
+def layer_matrices(name: str, layer: BitLinear) -> Iterator[Matrix]:
+    """The matrices of one layer that rounds its weights, in order.
+
+    Args:
+        name: Path of the layer in its model.
+        layer: The layer.
+    """
+    weights = layer.weight.detach().split(layer.sizes)
+    for weight, (matrix, (codes, scale)) in zip(weights, layer.matrices().items(), strict=True):
+        yield Matrix(f"{name.rpartition('.')[0]}.{matrix}".lstrip("."), layer, weight, codes, scale)
 
 
 def code_shares(codes: Tensor) -> dict[str, Tensor]:
     """Shares of the codes -1, 0 and +1, each ()."""
     names = {"frac_neg": -1, "frac_zero": 0, "frac_pos": 1}
     return {name: (codes == value).count_nonzero() / codes.numel() for name, value in names.items()}
+
+
+def inverse_scale(matrix: Matrix) -> Tensor:
+    """1 / g for every weight of a matrix, (out_features, in_features)."""
+    scale = matrix.scale.reshape(-1, 1) if matrix.scale.dim() < 2 else matrix.scale
+    inverse = scale.reciprocal().repeat_interleave(matrix.weight.shape[1] // scale.shape[1], dim=1)
+    return inverse.expand(matrix.weight.shape)
 
 
 class TernaryStatistics:
@@ -128,9 +145,7 @@ class TernaryStatistics:
 
 
 def _thresholds(matrix: Matrix) -> dict[str, Tensor]:
-    scale = matrix.scale.reshape(-1, 1) if matrix.scale.dim() < 2 else matrix.scale
-    inverse = scale.reciprocal().repeat_interleave(matrix.weight.shape[1] // scale.shape[1], dim=1)
-    inverse = inverse.expand(matrix.weight.shape)
+    inverse = inverse_scale(matrix)
     sums = []
     for block in row_blocks(matrix.weight):
         distance = (matrix.weight[block] * inverse[block]).abs_().sub_(0.5).abs_()
@@ -163,7 +178,7 @@ def _watch(model: LanguageModel, tokens: Tensor) -> dict[nn.Module, dict[str, Te
     hooks = [layer.register_forward_pre_hook(watch) for layer in model.bit_linears().values()]
     was_training = model.training
     try:
-        with _not_compiled(model):
+        with not_compiled(model):
             model.eval()(tokens[:rows])
     finally:
         model.train(was_training)
@@ -178,7 +193,7 @@ def _watch(model: LanguageModel, tokens: Tensor) -> dict[nn.Module, dict[str, Te
 
 
 @contextmanager
-def _not_compiled(model: LanguageModel) -> Iterator[None]:
+def not_compiled(model: LanguageModel) -> Iterator[None]:
     """Run blocks as written: a compiled graph does not know of hooks added later."""
     compiled = [(block, block._compiled_call_impl) for block in model.blocks()]
     for block, _ in compiled:

@@ -17,7 +17,7 @@ import psutil
 
 from ternlm.report import tail
 from ternlm.report.tail import mapping, number, string, whole
-from ternlm.run_directory import RunDirectory
+from ternlm.run_directory import RunDirectory, use_command
 from ternlm.training.status import FINAL, RUNNING, SCHEMA, utc
 
 SILENT_S, PATIENT_S = 120.0, 1800.0
@@ -345,5 +345,5 @@ def _next_command(run: RunDirectory, state: str) -> str | None:
     if state in GONE[1:]:
         return None
     if state == "finished":
-        return f"ternlm generate {run.path} --prompt '...'"
+        return use_command(run, mapping((tail.document(run.config) or {}).get("objective")).get("name"))
     return f"ternlm resume {run.path}" if state in (*FINAL, "lost") else f"ternlm status {run.path} --watch"
