@@ -13,6 +13,7 @@ import torch
 from ternlm.data import DataSettings
 from ternlm.data.stream import StreamedCorpus, open_stream
 from ternlm.data.stream_loader import StreamLoader
+from ternlm.data.windows import CausalWindows
 from ternlm.tokenizers import ByteTokenizer, Tokenizer
 
 T = 16
@@ -84,7 +85,7 @@ def close_all() -> None:
 
 
 def loader_of(corpus: StreamedCorpus, seed: int = 5, batch_size: int = 6) -> StreamLoader:
-    return corpus.loader(batch_size, T, seed, None)
+    return corpus.loader(batch_size, CausalWindows(T, None), seed)
 
 
 def windows(loader: StreamLoader, first: int, last: int) -> torch.Tensor:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from builders import Fault, tiny_bitnet, tiny_corpus
 from ternlm.data.batch import Batch
 from ternlm.data.loader import Loader
+from ternlm.data.windows import CausalWindows
 from ternlm.errors import EnvironmentFault
 from ternlm.files import from_json
 from ternlm.models import FULL_PRECISION, QuantizationMode
@@ -36,7 +37,7 @@ COUNTER = 57
 @pytest.fixture(scope="module")
 def loader(tmp_path_factory: pytest.TempPathFactory) -> Loader:
     prepared = tiny_corpus(tmp_path_factory.mktemp("corpus"))
-    return Loader(prepared.corpus.split("train"), 5, 16, 3, prepared.tokenizer.bos_id)
+    return Loader(prepared.corpus.split("train"), 5, CausalWindows(16, prepared.tokenizer.bos_id), 3)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 
 from builders import random_tokens, tiny_bitnet
 from ternlm.errors import CheckpointError, SettingsError
-from ternlm.models import FULL_PRECISION, LanguageModel
+from ternlm.models import FULL_PRECISION, LanguageModel, QuantizationMode
 from ternlm.training.optimizer import (
     OptimizerSettings,
     build_optimizer,
@@ -34,8 +34,9 @@ def test_t05_only_bitlinear_weights_decay_and_the_twin_decays_the_same_ones(
         for layer in (0, 1)
         for part in ("self_attn.qkv", "self_attn.o", "mlp.gate_up", "mlp.down")
     }
-    rest = {names[id(parameter)] for parameter in groups(model)["rest"]}
-    assert all("norm" in name or "embed" in name or "lm_head" in name for name in rest)
+    kinds = {kind: {names[id(parameter)] for parameter in members} for kind, members in groups(model).items()}
+    assert all("norm" in name for name in kinds["rest"])
+    assert kinds["embeddings"] == {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
     assert all(parameter.dim() == 2 for parameter in groups(model)["matrices"])
 
 
@@ -52,10 +53,41 @@ def test_rates_reach_every_group_and_decay_reaches_the_matrices_alone() -> None:
     set_rates(optimizer, 1e-3, 0.2)
     assert {(g["name"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups} == {
         ("matrices", 1e-3, 0.2),
+        ("embeddings", 1e-3, 0.0),
         ("rest", 1e-3, 0.0),
     }
     set_rates(optimizer, 2e-3, 0.0)
     assert all(g["lr"] == 2e-3 and g["weight_decay"] == 0.0 for g in optimizer.param_groups)
+
+
+def test_each_kind_of_parameter_has_its_share_of_the_rate() -> None:
+    model = tiny_bitnet(mode=QuantizationMode.model_validate({"quantizer": "ttq"}))
+    settings = OptimizerSettings(embedding_lr_ratio=0.5, other_lr_ratio=0.25, quantizer_lr_ratio=0.125)
+    optimizer = build_optimizer(model, settings)
+    set_rates(optimizer, 8e-3, 0.2)
+    assert {g["name"]: g["lr"] for g in optimizer.param_groups} == pytest.approx(
+        {"matrices": 8e-3, "embeddings": 4e-3, "quantizers": 1e-3, "rest": 2e-3}
+    )
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        is_quantizer = [".quantizer." in names[id(parameter)] for parameter in group["params"]]
+        assert all(is_quantizer) if group["name"] == "quantizers" else not any(is_quantizer)
+
+
+def test_learned_scales_that_never_had_a_gradient_need_no_state() -> None:
+    mode = QuantizationMode.model_validate({"quantizer": "ttq"})
+    model, other = tiny_bitnet(mode=mode), tiny_bitnet(mode=mode)
+    model.set_mode(QuantizationMode.model_validate({"weights": "int8", "quantizer": "ttq"}))
+    first, second = (build_optimizer(m, OptimizerSettings()) for m in (model, other))
+    model(random_tokens(2, 9)).logits.square().mean().backward()
+    first.step()
+    tensors = optimizer_tensors(model, first)
+    assert not any(".quantizer." in name for name in tensors)
+    load_optimizer_tensors(other, second, tensors)
+    assert optimizer_tensors(other, second).keys() == tensors.keys()
+    del tensors["model.norm.weight.step"]
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight\.step"):
+        load_optimizer_tensors(other, second, tensors)
 
 
 def test_t05_a_step_without_gradient_signal_shrinks_matrices_and_nothing_else() -> None:

@@ -63,9 +63,9 @@ def spy(trainer: Trainer, before: Callable[[int], None]) -> None:
     """Call `before(k)` right before update k, with everything set for it."""
     stepper = trainer.stepper
 
-    def step(batch: Any, judge: Any) -> Any:
-        before(trainer.progress.step)
-        return stepper(batch, judge)
+    def step(batch: Any, judge: Any, k: int) -> Any:
+        before(k)
+        return stepper(batch, judge, k)
 
     step.__dict__.update(micro_batch_size=stepper.micro_batch_size, scaler=stepper.scaler)
     trainer.stepper = step  # type: ignore[assignment]
@@ -91,7 +91,7 @@ def test_t01_t03_logged_rates_are_those_in_the_optimizer_at_every_update(
     for k, row in enumerate(rows(trainer)):
         rate, decay = row["train/learning_rate"], row["train/weight_decay"]
         assert row["step"] == k + 1
-        assert used[k] == {"matrices": (rate, decay), "rest": (rate, 0.0)}
+        assert used[k] == {"matrices": (rate, decay), "embeddings": (rate, 0.0), "rest": (rate, 0.0)}
         assert rate == trainer.schedule.learning_rate(k)
         assert decay == (0.1 if k < edge else 0.0)
         assert row["train/stage"] == (2 if name.startswith("two") and k >= 6 else 1)

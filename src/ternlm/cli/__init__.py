@@ -7,11 +7,14 @@ import typer
 
 import ternlm
 from ternlm.cli import (
+    analyze,
+    calibrate,
     chat,
     data,
     demo,
     doctor,
     evaluate,
+    fill,
     generate,
     inspect,
     plan,
@@ -20,6 +23,7 @@ from ternlm.cli import (
     resume,
     runs,
     status,
+    sweep,
     tokenizer,
     train,
 )
@@ -78,14 +82,18 @@ app.command("status", rich_help_panel=_START)(status.status)
 app.command("watch", hidden=True)(status.watch)
 app.command("runs", rich_help_panel=_START)(runs.runs)
 app.command("replay", rich_help_panel=_START)(replay.replay)
+app.command("sweep", rich_help_panel=_START)(sweep.sweep)
 app.command("plan", rich_help_panel=_START)(plan.plan)
 app.command("recipes", rich_help_panel=_START)(recipes.recipes)
 app.command("presets", hidden=True)(recipes.recipes)
 app.command("evaluate", rich_help_panel=_MODEL)(evaluate.evaluate)
 app.command("eval", hidden=True)(evaluate.evaluate)
+app.command("calibrate", rich_help_panel=_MODEL)(calibrate.calibrate)
 app.command("generate", rich_help_panel=_MODEL)(generate.generate)
+app.command("fill", rich_help_panel=_MODEL)(fill.fill)
 app.command("chat", rich_help_panel=_MODEL)(chat.chat)
 app.command("inspect", rich_help_panel=_MODEL)(inspect.inspect)
+app.command("analyze", rich_help_panel=_MODEL)(analyze.analyze)
 app.add_typer(data.app, name="data", rich_help_panel=_DATA)
 app.add_typer(tokenizer.app, name="tokenizer", rich_help_panel=_DATA)
 app.command("doctor", rich_help_panel=_MACHINE)(doctor.doctor)

@@ -10,6 +10,8 @@ from ternlm.errors import Interrupted, SettingsError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ternlm.checkpoint import Loaded
+    from ternlm.data.corpus import TokenStream
     from ternlm.data.preparation import Prepared
     from ternlm.data.settings import DataSettings
     from ternlm.settings.resolve import Resolved
@@ -96,6 +98,45 @@ def prepare_with_bar(data: "DataSettings", tokenizer: "TokenizerSettings", folde
             raise interruption.error(str(error)) from None
         finally:
             line.close()
+
+
+def token_stream(loaded: "Loaded", data: str | None, split: str | None) -> "TokenStream":
+    """The held-out tokens a checkpoint is measured on, prepared with its own tokenizer.
+
+    Args:
+        loaded: The checkpoint.
+        data: A corpus, file or folder; None takes the run's own data, a stream's held-out documents included.
+        split: ``train``, ``validation``, ``test``, ``all``; None takes all of local `data`, else validation.
+
+    Raises:
+        SettingsError: There is no such split.
+    """
+    from ternlm.data.catalog import is_local
+    from ternlm.data.corpus import load_corpus
+    from ternlm.data.settings import DataSettings
+    from ternlm.tokenizers import TokenizerSettings
+
+    if split not in (None, "train", "validation", "test", "all"):
+        raise SettingsError(f"split '{split}' does not exist. Use train, validation, test or all.")
+    values = dict(loaded.config["data"])
+    if data is not None:
+        values |= {
+            "source": data,
+            "validation_path": None,
+            "test_path": None,
+            "max_documents": None,
+            "max_tokens": None,
+        }
+        split = split or ("all" if is_local(data) else "validation")
+    held_out = loaded.path.parent.parent / "stream" / "validation"
+    if data is None and values.get("stream") and split in (None, "validation") and held_out.is_dir():
+        return load_corpus(held_out).split("validation")
+    values["stream"] = False
+    if split == "all":
+        values |= {"validation_fraction": 0.0, "test_fraction": 0.0}
+    settings = DataSettings.from_mapping(values, "data")
+    prepared = prepare_with_bar(settings, TokenizerSettings(name=str(loaded.path)))
+    return prepared.corpus.split("train" if split == "all" else split or "validation")
 
 
 class ProgressLine:

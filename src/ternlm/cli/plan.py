@@ -39,11 +39,10 @@ def plan(
 def show_plan(resolved: "Resolved", as_json: bool, picture: Path | None = None, title: str = "") -> None:
     """Print a plan, and draw its schedule if a file is given."""
     from ternlm.training.launch import settings_from
-    from ternlm.training.plan import draw_schedule, make_plan
+    from ternlm.training.plan import draw_schedule
 
     settings = settings_from(resolved)
-    settings, windows = _with_prepared(settings)
-    made = make_plan(settings, windows)
+    made = plan_of(settings)
     if as_json:
         print_json(made.as_dict())
     else:
@@ -54,6 +53,13 @@ def show_plan(resolved: "Resolved", as_json: bool, picture: Path | None = None, 
         except (OSError, ValueError) as error:
             raise SettingsError(f"picture '{picture}' cannot be written: {error}.") from None
         typer.echo(f"picture: {picture}", err=as_json)
+
+
+def plan_of(settings: "RunSettings") -> "Plan":
+    """What a run will cost, with what is known of its data before they are prepared."""
+    from ternlm.training.plan import make_plan
+
+    return make_plan(*_with_prepared(settings))
 
 
 def _with_prepared(settings: "RunSettings") -> tuple["RunSettings", int | None]:
@@ -92,15 +98,18 @@ def _print(made: "Plan", settings: "RunSettings") -> None:
     table.add_column(justify="right")
     table.add_column(style="dim")
     kind = "full precision (the twin)" if settings.quantization.weights == "none" else settings.quantization.weights
+    if made.integer and kind == "ternary":
+        kind = f"{made.ternary - made.integer:,} of them ternary in the end"
     rows: list[tuple[str, str, str]] = [
         ("parameters", f"{made.parameters:,}", settings.model.family),
         ("  in BitLinear", f"{made.ternary:,}", kind),
-        ("  embedding, head", f"{made.embedding:,}", "full precision"),
-        ("  norms", f"{made.other:,}", "full precision"),
+        ("  embedding, head", f"{made.embedding:,}", _embedding_note(settings)),
+        ("  norms, scales, biases", f"{made.other:,}", "full precision"),
         ("steps", f"{made.steps:,}", f"{settings.training.batch_size} x {settings.data.sequence_length} tokens each"),
         ("tokens", f"{made.tokens:,}", f"{made.tokens_per_parameter:.1f} per parameter"),
         ("arithmetic", f"{made.flops:.2e}", "floating-point operations"),
         ("memory: state", _size(made.state_bytes), "weights, gradients, Adam, codes"),
+        *([("memory: teacher", _size(made.teacher_bytes), "its weights")] if made.teacher_bytes else []),
         ("memory: activations", _size(made.activation_bytes_estimate),
          f"estimate for {settings.training.first_micro_batch_size()} sequences at a time"),
         ("checkpoint", _size(made.checkpoint_bytes), f"{_size(made.disk_bytes)} with those kept"),
@@ -108,11 +117,19 @@ def _print(made: "Plan", settings: "RunSettings") -> None:
     ]  # fmt: skip
     for row in rows:
         table.add_row(*row)
+    for first, last, name in made.stages:
+        table.add_row(f"  {name}", f"{first:,} - {last:,}", "steps")
     console = Console(highlight=False)
     console.print(table)
     console.print()
     for line in _curve(made):
         console.print(line, markup=False)
+
+
+def _embedding_note(settings: "RunSettings") -> str:
+    bits = getattr(settings.model, "embedding_bits", None)
+    rounded = bits is not None and bits <= 8 and settings.quantization.weights != "none"
+    return f"rows of {bits} and {getattr(settings.model, 'lm_head_bits', bits)} bits" if rounded else "full precision"
 
 
 def _curve(made: "Plan", width: int = 60, height: int = 8) -> list[str]:

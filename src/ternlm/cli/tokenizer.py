@@ -16,6 +16,7 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     vocab_size: Annotated[int, typer.Option(help="Ids, special tokens included.")] = 4096,
     text_column: Annotated[str, typer.Option(help="Column of Parquet and JSONL files.")] = "text",
+    mask_token: Annotated[bool, typer.Option("--mask-token", help="Add one, for masked language models.")] = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on the training split of a corpus."""
     from ternlm.data import DataSettings, open_corpus
@@ -25,14 +26,15 @@ def train(
         raise SettingsError(f"'{output}' holds a tokenizer already. Choose another --output.")
     size = TokenizerSettings.from_mapping({"name": "train", "vocab_size": vocab_size}, "tokenizer").vocab_size
     settings = DataSettings.from_mapping({"source": data, "text_column": text_column}, "data")
-    tokenizer = train_bpe(open_corpus(settings, "train"), size)
+    tokenizer = train_bpe(open_corpus(settings, "train"), size, mask_token=mask_token)
     tokenizer.save(output)
     sample = next(iter(open_corpus(settings, "train")), "")[:100_000]
     if not sample:
         raise DataError(f"'{data}' holds no text. Choose another corpus.")
     per_token = len(sample.encode()) / max(len(tokenizer.encode(sample)), 1)
     typer.echo(f"{output}: {tokenizer.vocab_size:,} ids, {per_token:.2f} bytes per token on the first document")
-    typer.echo(f"next: ternlm train bitnet-12m --data {data} --tokenizer {output}")
+    recipe = "qdyt-25m" if mask_token else "bitnet-12m"
+    typer.echo(f"next: ternlm train {recipe} --data {data} --tokenizer {output}")
 
 
 @app.command()

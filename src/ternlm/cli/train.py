@@ -77,11 +77,13 @@ def train(
 
 def start_training(resolved: "Resolved", run: "RunDirectory", source: Path | None, quiet: bool) -> None:
     """Train and say what to do next."""
+    from ternlm.run_directory import use_command
     from ternlm.training import launch
 
     launch.start(resolved, run, prepare_run, source, quiet)
     if not quiet:
-        typer.echo(f"next: ternlm generate {run.path} --prompt '...'   |   ternlm evaluate {run.path}")
+        objective = resolved.values.get("objective", {}).get("name")
+        typer.echo(f"next: {use_command(run, objective)}   |   ternlm evaluate {run.path}")
 
 
 def prepare_run(settings: "RunSettings", folder: Path) -> "Prepared":

@@ -61,6 +61,8 @@ def describe(error: ValidationError, cls: type[BaseModel], path: str = "") -> st
     reason = shortened(first["msg"].removeprefix("Value error, ").removeprefix("Input should be "), 300)
     if not dotted:
         return reason
+    if isinstance(first["input"], dict) and first["type"] == "value_error":  # a rule between settings names them itself
+        return f"{reason}." if f"{dotted}." in reason else f"{dotted}: {reason}."
     verb = "" if first["type"] == "value_error" else "must be "
     return f"setting {shortened(dotted)}={_shown(first['input'])} is refused: {verb}{reason}."
 

@@ -74,7 +74,8 @@ class ConsoleTracker(Tracker):
         elif kind == "sample":
             if self._sampled_step != row["step"]:  # one of them; samples.jsonl has all
                 self._sampled_step = row["step"]
-                text = " ".join(f"{row['prompt']}{row['generated_text']}".split())
+                prompt = "" if row.get("mode") == "fill" else row["prompt"]  # a filled text holds its prompt
+                text = " ".join(f"{prompt}{row['generated_text']}".split())
                 self.say(f"step {row['step']}  sample: {text}")
         elif kind == "event":
             line = f"step {row['step']}  {event_text(row)}"

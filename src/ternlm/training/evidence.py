@@ -34,6 +34,7 @@ from ternlm.data.stream_loader import StreamLoader
 from ternlm.errors import EnvironmentFault
 from ternlm.files import from_json, read_regular, synchronize_folder, write_durably
 from ternlm.models import LanguageModel
+from ternlm.models.prediction import predict
 from ternlm.nn.linear import BitLinear
 from ternlm.ops.packing import BLOCK, pack_2bit
 from ternlm.tokenizers import Tokenizer
@@ -219,9 +220,12 @@ def _losses(situation: Situation) -> Tensor:
     try:
         with torch.no_grad():
             for tokens, targets in zip(batch.tokens.split(size), batch.targets.split(size), strict=True):
-                logits = model(tokens).logits.float().flatten(0, 1)
-                nll = F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="none")
-                parts.append(nll.view(targets.shape).masked_fill(targets == IGNORED, _NOT_SCORED).cpu())
+                logits, scored = predict(model, tokens, targets).logits.float(), targets != IGNORED
+                if logits.dim() == 3:
+                    logits = logits[scored]
+                nll = torch.full(targets.shape, _NOT_SCORED, device=targets.device)
+                nll[scored] = F.cross_entropy(logits, targets[scored], reduction="none")
+                parts.append(nll.cpu())
     finally:
         model.train(was_training)
     return torch.cat(parts)

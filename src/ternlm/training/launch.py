@@ -18,8 +18,8 @@ from ternlm.models import build_model
 from ternlm.run_directory import RunDirectory
 from ternlm.settings.resolve import Layer, Resolved, read_mapping, resolve
 from ternlm.training import provenance, roll_back
+from ternlm.training.distillation import require_same_teacher, require_teacher
 from ternlm.training.progress import Progress
-from ternlm.training.schedule import Schedule
 from ternlm.training.settings import RunSettings, setting_names
 from ternlm.training.sitting import sitting
 from ternlm.training.status import StatusFile
@@ -33,6 +33,7 @@ _FREE_ON_RESUME = {
                  "gradient_accumulation_steps", "device", "threads", "compile", "gradient_checkpointing",
                  "checkpoint_every_steps", "keep_last", "keep_every"},
     "data": {"stream_buffer", "retry_for", "cache"},
+    "distillation": {"teacher"},  # its place; that it is the same one is checked
     "tracking": None,
     "evaluation": None,
 }  # fmt: skip
@@ -70,10 +71,11 @@ def start(
         if source is not None:
             _require_same_tokenizer(source, prepared)
         _require_trainable(settings, prepared)
+        settings = _with_teacher(settings, prepared, run)
         run.create()
         with begun(run, settings, resolved.origins) as status:
             trainer = Trainer(settings, prepared.corpus, prepared.tokenizer, run, source, quiet, status)
-            provenance.record(run, settings, trainer.progress.step)
+            provenance.record(run, settings, trainer.progress.step, _teacher(trainer))
             provenance.record_data(run, prepared.corpus)
             _say_start(trainer, source)
             if source is not None:
@@ -123,12 +125,13 @@ def resume(run: RunDirectory, overrides: Mapping[str, Any], prepare: Prepare, qu
             status = StatusFile(run, print)
             trainer = Trainer(settings, prepared.corpus, prepared.tokenizer, run, first, quiet, status)
             if first is not None:
+                require_same_teacher(_teacher(trainer), first.state, first.path)
                 trainer.saves.settle(first)
             if trainer.progress.step >= trainer.total_steps and trainer.is_evaluated():
                 _say_complete(trainer)
                 return trainer.progress
             with sitting(run, status):
-                provenance.record(run, settings, trainer.progress.step)
+                provenance.record(run, settings, trainer.progress.step, _teacher(trainer))
                 provenance.record_data(run, prepared.corpus)
                 run.cut_after(trainer.progress.step)
                 if overrides:
@@ -184,10 +187,29 @@ def _write_settings(run: RunDirectory, settings: RunSettings, origins: Mapping[s
 
 def _require_trainable(settings: RunSettings, prepared: Prepared) -> None:
     """Find what would stop the run, before anything is created."""
-    prepared.corpus.loader(1, settings.data.sequence_length, 0, prepared.tokenizer.bos_id)
+    prepared.corpus.loader(1, settings.windows(prepared.tokenizer), 0)
     prepared.corpus.split("validation")  # missing, it would stop the run at its first evaluation
     with torch.device("meta"):
-        build_model(settings.model, settings.quantization)  # shapes that do not fit fail here
+        build_model(settings.model, settings.quantization.base())  # shapes that do not fit fail here
+
+
+def _with_teacher(settings: RunSettings, prepared: Prepared, run: RunDirectory) -> RunSettings:
+    """The settings with the teacher as the folder it is now: a run that is named may have a newer checkpoint later.
+
+    Raises:
+        CheckpointError, SettingsError: It cannot be used, or does not fit.
+    """
+    section = settings.distillation
+    if section.teacher is None:
+        return settings
+    length = settings.data.sequence_length
+    path = require_teacher(section, settings.model, length, prepared.tokenizer, run.path.parent)
+    update = {"distillation": section.model_copy(update={"teacher": str(path.resolve())})}
+    return settings.model_copy(update=update)
+
+
+def _teacher(trainer: Trainer) -> dict[str, Any] | None:
+    return None if trainer.distillation is None else trainer.distillation.identity
 
 
 def _require_same_tokenizer(opened: Opened, prepared: Prepared) -> None:
@@ -221,9 +243,8 @@ def _say_moved_schedule(trainer: Trainer, before: RunSettings) -> None:
     old_steps = before.total_steps(trainer.loader.windows_per_epoch)
     if old_steps == trainer.total_steps:
         return
-    optimizer, k = before.optimizer, trainer.progress.step
-    old = Schedule(before.schedule, optimizer.learning_rate, optimizer.weight_decay, old_steps)
-    then = old.learning_rate(min(k, old_steps - 1))
+    k = trainer.progress.step
+    then = before.rates(old_steps).learning_rate(min(k, old_steps - 1))
     trainer.recorder.say(
         f"the run now ends at step {trainer.total_steps} instead of {old_steps}: "
         f"learning rate {then:.3g} -> {trainer.schedule.learning_rate(k):.3g} at step {k}"

@@ -22,7 +22,7 @@ _PATTERNS = (
     (re.compile(r"(://)(?:[^\s/]*|[^\s/:]+:\S*)@"), rf"\1{HIDDEN}@"),
     (re.compile(rf"([?&;][^=&\s]*(?:{_SECRET_WORD}|sig|auth)[^=&\s]*=)[^&\s]+", re.IGNORECASE), rf"\1{HIDDEN}"),
     (re.compile(r"\b(bearer|authorization:\s*\w+)\s+\S+", re.IGNORECASE), rf"\1 {HIDDEN}"),
-    (re.compile(r"(\b\w*(?:token|key|secret|password)[\"']?\s*[:=]\s*[\"']?)[^\s\"',}]+", re.IGNORECASE),
+    (re.compile(r"(\b(?!mask_token)\w*(?:token|key|secret|password)[\"']?\s*[:=]\s*[\"']?)[^\s\"',}]+", re.IGNORECASE),
      rf"\1{HIDDEN}"),
     (re.compile(r"\b(?:hf_|sk-|ghp_|github_pat_)\w{16,}"), HIDDEN),
 )  # fmt: skip

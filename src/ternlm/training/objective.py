@@ -1,4 +1,4 @@
-"""What is minimized: next-token cross-entropy in nats, weighted by tokens, in float32."""
+"""What is minimized: cross-entropy in nats, of the next token or of hidden ones, weighted by tokens, in float32."""
 
 from typing import Literal, NamedTuple
 
@@ -7,20 +7,29 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from ternlm.data.batch import IGNORED
+from ternlm.data.masking import MaskingSettings
+from ternlm.errors import SettingsError
 from ternlm.models import Output
-from ternlm.settings import Float, Settings
+from ternlm.settings import Float
 
 
-class ObjectiveSettings(Settings):
+class ObjectiveSettings(MaskingSettings):
     """The training objective.
 
     Attributes:
-        name: ``causal``, prediction of the next token.
+        name: ``causal``, prediction of the next token; ``mlm``, of hidden tokens by a model that reads both sides.
         z_loss: Weight of the mean squared log-normalizer, which keeps logits small; 0 switches it off.
+        mask_fraction, mask_share, random_share, whole_word: With ``mlm``, as `MaskingSettings` has them.
     """
 
-    name: Literal["causal"] = "causal"
+    name: Literal["causal", "mlm"] = "causal"
     z_loss: Float = Field(default=0.0, ge=0)
+
+    @property
+    def masking(self) -> MaskingSettings | None:
+        """How tokens are hidden; None where none are."""
+        return self if self.name == "mlm" else None
 
 
 class LossSums(NamedTuple):
@@ -42,17 +51,43 @@ def loss_sums(output: Output, targets: Tensor, settings: ObjectiveSettings) -> L
     gradients equal those of one large batch.
 
     Args:
-        output: Logits (batch, time, vocab), and auxiliary losses, each a mean over the micro-batch.
+        output: Logits (batch, time, vocab), or (scored, vocab) of the scored positions alone, row after row; and
+            auxiliary losses, each a mean over the micro-batch.
         targets: (batch, time), already shifted; -100 where nothing is scored.
         settings: Auxiliary terms.
     """
-    logits = output.logits.float().flatten(0, 1)
     flat = targets.flatten()
-    nll = F.cross_entropy(logits, flat, ignore_index=-100, reduction="sum")
+    if output.logits.dim() == 2:
+        flat = flat[flat != IGNORED]
+    logits = output.logits.float().flatten(0, -2)
+    nll = F.cross_entropy(logits, flat, ignore_index=IGNORED, reduction="sum")
     objective = nll
     if settings.z_loss:
-        scored = (flat != -100).float()
+        scored = (flat != IGNORED).float()
         objective = objective + settings.z_loss * (torch.logsumexp(logits, dim=-1).square() * scored).sum()
     for auxiliary in output.auxiliary.values():
-        objective = objective + auxiliary * (flat != -100).sum()
+        objective = objective + auxiliary * (flat != IGNORED).sum()
     return LossSums(objective, nll.detach())
+
+
+def require_matching(objective: ObjectiveSettings, family: str, is_causal: bool) -> None:
+    """Refuse an objective that the family of model cannot have.
+
+    Args:
+        objective: What is minimized.
+        family: Key in `MODELS`.
+        is_causal: Whether its models see only what came before.
+
+    Raises:
+        SettingsError: A causal model would be asked for hidden tokens, or an encoder for the next one.
+    """
+    if objective.name == "mlm" and is_causal:
+        raise SettingsError(
+            f"objective.name=mlm hides tokens and needs a model that reads both sides; model.family={family} sees "
+            "only what came before. Use objective.name=causal or an encoder such as model.family=qdyt."
+        )
+    if objective.name == "causal" and not is_causal:
+        raise SettingsError(
+            f"objective.name=causal asks for the next token, which model.family={family} has already read. "
+            "Use objective.name=mlm."
+        )

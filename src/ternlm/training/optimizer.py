@@ -1,11 +1,11 @@
-"""The optimizer: AdamW with decay on quantizable matrices only, and its state by parameter name."""
+"""The optimizer: AdamW with decay on quantizable matrices only, rates by kind of parameter, state by name."""
 
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from pydantic import field_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from ternlm.errors import CheckpointError
 from ternlm.models import LanguageModel
@@ -22,6 +22,9 @@ class OptimizerSettings(Settings):
         weight_decay: Decoupled decay of quantizable matrices; never of embeddings, norms or scales.
         betas: Decay rates of the two moments.
         eps: Added to the root of the second moment.
+        embedding_lr_ratio: Learning rate of embeddings and heads as a share of that of quantizable matrices.
+        other_lr_ratio: The same for norms, biases and scalars.
+        quantizer_lr_ratio: The same for learned scales and thresholds of quantizers.
     """
 
     name: Literal["adamw"] = "adamw"
@@ -29,8 +32,11 @@ class OptimizerSettings(Settings):
     weight_decay: Float = 0.1
     betas: tuple[Float, Float] = (0.9, 0.95)
     eps: Float = 1e-8
+    embedding_lr_ratio: Float = 1.0
+    other_lr_ratio: Float = 1.0
+    quantizer_lr_ratio: Float = 0.1
 
-    @field_validator("learning_rate", "eps")
+    @field_validator("learning_rate", "eps", "embedding_lr_ratio", "other_lr_ratio", "quantizer_lr_ratio")
     @classmethod
     def _positive(cls, value: float) -> float:
         if not value > 0:
@@ -53,14 +59,23 @@ class OptimizerSettings(Settings):
 
 
 def build_optimizer(model: LanguageModel, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Fused AdamW with two groups, named ``matrices`` (decayed) and ``rest`` (never decayed).
+    """Fused AdamW with up to four groups: ``matrices``, ``embeddings``, ``quantizers`` and ``rest``; only matrices decay.
 
-    Every parameter is in exactly one group; tied tensors are one parameter.
+    Every parameter is in exactly one group; tied tensors are one parameter. Each group has a ``ratio``, its
+    learning rate as a share of that of the matrices.
     """
+    ratios = {"matrices": 1.0, "embeddings": settings.embedding_lr_ratio, "quantizers": settings.quantizer_lr_ratio,
+              "rest": settings.other_lr_ratio}  # fmt: skip
     matrices = {id(layer.weight) for layer in model.bit_linears().values()}
-    decayed = [p for p in model.parameters() if id(p) in matrices]
-    rest = [p for p in model.parameters() if id(p) not in matrices]
-    groups = [{"params": decayed, "name": "matrices"}, {"params": rest, "name": "rest"}]
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in ratios}
+    for name, parameter in model.named_parameters():
+        kind = "matrices" if id(parameter) in matrices else "rest"
+        if ".quantizer." in name:
+            kind = "quantizers"
+        elif kind == "rest" and parameter.dim() == 2:
+            kind = "embeddings"
+        members[kind].append(parameter)
+    groups = [{"params": members[name], "name": name, "ratio": ratios[name]} for name in ratios if members[name]]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     return torch.optim.AdamW(
         groups,
@@ -75,7 +90,7 @@ def build_optimizer(model: LanguageModel, settings: OptimizerSettings) -> torch.
 def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
     """Use these rates in the next update."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group["ratio"]
         group["weight_decay"] = weight_decay if group["name"] == "matrices" else 0.0
 
 
@@ -93,12 +108,16 @@ def load_optimizer_tensors(
 ) -> None:
     """Put back what `optimizer_tensors` gave; nothing is what an optimizer gives that has never stepped.
 
+    Learned scales of quantizers have no state either as long as their layers are not ternary.
+
     Raises:
         CheckpointError: A tensor is missing or has another shape.
     """
     if not tensors:
         return
     for name, parameter in model.named_parameters():
+        if ".quantizer." in name and f"{name}.step" not in tensors:
+            continue
         state: dict[str, Tensor] = {}
         for quantity in ("step", "exp_avg", "exp_avg_sq"):
             value = tensors.get(f"{name}.{quantity}")

@@ -1,5 +1,6 @@
 """What a run will cost, computed without training: parameters, tokens, arithmetic, memory, disk, rates."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import torch
 
 from ternlm.models import LanguageModel, build_model
 from ternlm.ops.packing import BLOCK
+from ternlm.run_directory import runs_root
+from ternlm.training.distillation import teacher_bytes
 from ternlm.training.schedule import Schedule
 from ternlm.training.settings import RunSettings
 
@@ -20,18 +23,21 @@ class Plan:
     """Counts are exact except where `estimate` is part of the name; sizes are bytes.
 
     Attributes:
-        ternary, embedding, other: Parameters by kind.
+        ternary, embedding, other: Parameters by kind; `integer` of those called ternary keep integer weights to the end.
         steps, tokens: Optimizer steps and training tokens.
         tokens_per_parameter: tokens / all parameters.
         flops: Floating-point operations of the whole run.
         state_bytes: Latent weights, gradients, Adam moments and cached codes.
+        teacher_bytes: Weights of the teacher that the run learns from; 0 without one.
         activation_bytes_estimate: Kept for the backward pass of one micro-batch, with its logits.
         checkpoint_bytes: One checkpoint; `disk_bytes` all that are kept.
-        packed_bytes: Codes at 2 bits, scales, everything else in bfloat16.
+        packed_bytes: Codes at 2 bits, or at as many as integer weights have, scales, everything else in bfloat16.
+        stages: First and last step and name of each stage of progressive quantization.
         schedule: Learning rate and weight decay of every update.
     """
 
     ternary: int
+    integer: int
     embedding: int
     other: int
     steps: int
@@ -39,10 +45,12 @@ class Plan:
     tokens_per_parameter: float
     flops: float
     state_bytes: int
+    teacher_bytes: int
     activation_bytes_estimate: int
     checkpoint_bytes: int
     disk_bytes: int
     packed_bytes: int
+    stages: list[tuple[int, int, str]]
     schedule: Schedule
 
     @property
@@ -73,7 +81,7 @@ def make_plan(settings: RunSettings, windows_per_epoch: int | None = None) -> Pl
         windows_per_epoch: Needed only where `training.max_epochs` is the limit.
     """
     with torch.device("meta"):
-        model = build_model(settings.model, settings.quantization)
+        model = build_model(settings.model, settings.quantization.base())
     counts = model.parameter_counts()
     training, length = settings.training, settings.data.sequence_length
     steps = settings.total_steps(windows_per_epoch)
@@ -81,8 +89,10 @@ def make_plan(settings: RunSettings, windows_per_epoch: int | None = None) -> Pl
     is_quantized = settings.quantization.weights != "none"
     kept = training.keep_last + 2 + (steps // training.keep_every if training.keep_every else 0)
     checkpoint_bytes = _CHECKPOINT_BYTES * counts.total
+    schedule = settings.rates(steps)
     return Plan(
         ternary=counts.ternary,
+        integer=sum(layer.weight.numel() for layer in model.bit_linears().values() if layer.mode.weight_bits),
         embedding=counts.embedding,
         other=counts.other,
         steps=steps,
@@ -90,11 +100,13 @@ def make_plan(settings: RunSettings, windows_per_epoch: int | None = None) -> Pl
         tokens_per_parameter=tokens / counts.total,
         flops=tokens * settings.model.flops_per_token(length),
         state_bytes=_STATE_BYTES * counts.total + is_quantized * counts.ternary,
+        teacher_bytes=teacher_bytes(settings.distillation, runs_root()),
         activation_bytes_estimate=activation_bytes(model, settings, training.first_micro_batch_size()),
         checkpoint_bytes=checkpoint_bytes,
         disk_bytes=kept * checkpoint_bytes,
         packed_bytes=_packed_bytes(model),
-        schedule=Schedule(settings.schedule, settings.optimizer.learning_rate, settings.optimizer.weight_decay, steps),
+        stages=_stages(schedule),
+        schedule=schedule,
     )
 
 
@@ -116,11 +128,18 @@ def draw_schedule(plan: Plan, file: Path, title: str) -> None:
     figure.savefig(file, dpi=150)
 
 
+def _stages(schedule: Schedule) -> list[tuple[int, int, str]]:
+    starts = [0, *schedule.boundaries()] if schedule.quantization is not None else []
+    ends = [*starts[1:], schedule.total_steps]
+    return [(first, end - 1, str(schedule.stage_name(first))) for first, end in zip(starts, ends, strict=False)]
+
+
 def _packed_bytes(model: LanguageModel) -> int:
     packed = scales = 0
     for layer in model.bit_linears().values():
-        packed += sum(layer.sizes) * 64 * -(-layer.in_features // BLOCK)
-        scales += 4 * len(layer.sizes)
+        rows, bits = sum(layer.sizes), layer.mode.weight_bits
+        packed += rows * (64 * -(-layer.in_features // BLOCK) if bits is None else layer.in_features * bits // 8)
+        scales += 4 * (len(layer.sizes) if bits is None and layer.mode.granularity == "tensor" else rows)
     counts = model.parameter_counts()
     return packed + scales + 2 * (counts.embedding + counts.other)
 
@@ -128,18 +147,28 @@ def _packed_bytes(model: LanguageModel) -> int:
 def activation_bytes(model: LanguageModel, settings: RunSettings, rows: int) -> int:
     """An estimate of what a forward pass over so many sequences keeps for the backward pass.
 
-    Inputs of the linear layers (int8 when quantized, else the compute type), twice their outputs, logits.
-    Each layer keeps its input; the outputs are kept by what consumes them (attention, gate, norms),
-    about twice over with the norms' own copies.
+    Inputs of the linear layers (int8 when quantized, else the compute type), twice their outputs, and logits of the
+    positions that are scored, also those of a teacher. Each layer keeps its input; the outputs are kept by what
+    consumes them (attention, gate, norms), about twice over with the norms' own copies. Layers whose quantizers are
+    perturbed keep their rounded weights as well, and attention with dropout its scores where it is not fused.
     """
-    training = settings.training
-    tokens = rows * settings.data.sequence_length
+    training, length = settings.training, settings.data.sequence_length
+    tokens = rows * length
     wide = 4 if training.precision == "fp32" else 2
     is_int8 = settings.quantization.weights != "none" and settings.quantization.activations != "none"
     layers = list(model.bit_linears().values())
     per_token = sum(layer.in_features * (1 if is_int8 else wide) + 2 * wide * sum(layer.sizes) for layer in layers)
+    per_row = length * length * settings.model.kept_scores if _is_on_cpu(training.device) else 0
     if training.gradient_checkpointing:
-        blocks = sum(1 for _ in model.blocks())
+        blocks = settings.model.num_blocks
         per_token = per_token // blocks + blocks * wide * layers[0].in_features
-    logits = (wide + 4 + 4) * (settings.model.vocab_size or 0)
-    return tokens * (per_token + logits)
+        per_row //= blocks
+    masking = settings.objective.masking
+    scored = tokens if masking is None else math.ceil(masking.mask_fraction * tokens)
+    logits = (wide + 4 + 4 + wide * (settings.distillation.teacher is not None)) * (settings.model.vocab_size or 0)
+    weights = sum(layer.weight.numel() for layer in layers) if settings.quantization.perturbs else 0
+    return tokens * per_token + rows * per_row + scored * logits + weights * (4 + wide)
+
+
+def _is_on_cpu(device: str) -> bool:
+    return device == "cpu" or (device == "auto" and not torch.cuda.is_available())

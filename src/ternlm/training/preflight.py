@@ -17,6 +17,7 @@ from ternlm.data.preparation import Prepared
 from ternlm.device import choose_device
 from ternlm.errors import TernlmError
 from ternlm.evaluation.evaluate import evaluate
+from ternlm.generation import has_mask
 from ternlm.run_directory import RunDirectory, read_jsonl
 from ternlm.settings.resolve import Layer, Resolved, resolve
 from ternlm.training import launch
@@ -183,10 +184,15 @@ def _evaluations(run: RunDirectory, settings: RunSettings) -> str:
 
 def _samples(run: RunDirectory, settings: RunSettings) -> str:
     rows = [row for row in read_jsonl(run.samples) if row["step"] == STEPS]
-    expected = len(settings.evaluation.prompts) * len(settings.evaluation.sample_modes)
+    evaluation = settings.evaluation
+    if settings.objective.masking is None:
+        expected = len(evaluation.prompts) * len(evaluation.sample_modes)
+    else:
+        expected = sum(map(has_mask, evaluation.prompts))
     _require(len(rows) == expected, f"{len(rows)} samples instead of {expected}")
     _require(all(row["mean_entropy"] is not None for row in rows), "entropies are missing")
-    return f"{expected} samples, entropy {sum(row['mean_entropy'] for row in rows) / expected:.2f} nats"
+    mean = sum(row["mean_entropy"] for row in rows) / max(expected, 1)
+    return f"{expected} samples, entropy {mean:.2f} nats" if expected else "no prompt has a mask to fill"
 
 
 def _spreadsheets(run: RunDirectory, settings: RunSettings) -> str:
@@ -228,7 +234,7 @@ def _reloaded(run: RunDirectory, settings: RunSettings, prepared: Prepared) -> s
     length, evaluation = settings.data.sequence_length, settings.evaluation
     result = evaluate(
         loaded.model, prepared.corpus.split("validation"), loaded.tokenizer, length, evaluation.batch_size or 4,
-        evaluation.max_tokens,
+        evaluation.max_tokens, masking=settings.objective.masking,
     )  # fmt: skip
     logged = next(row["val/loss"] for row in read_jsonl(run.evaluations) if row["step"] == loaded.state["step"])
     _require(abs(result.loss - logged) < 1e-3, f"{result.loss:.4f} nats after loading, {logged:.4f} in the log")

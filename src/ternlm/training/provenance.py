@@ -57,13 +57,14 @@ class Described(Protocol):
     def first_tokens(self, n: int = FIRST_TOKENS) -> Sequence[int]: ...
 
 
-def record(run: RunDirectory, settings: RunSettings, first_step: int) -> None:
+def record(run: RunDirectory, settings: RunSettings, first_step: int, teacher: Mapping[str, Any] | None = None) -> None:
     """Open a sitting in `meta/provenance.json`.
 
     Args:
         run: The run; its folder exists.
         settings: What this sitting trains with.
         first_step: Completed steps at its beginning.
+        teacher: Which checkpoint it learns from, if any.
 
     Raises:
         EnvironmentFault: The file cannot be written.
@@ -89,6 +90,7 @@ def record(run: RunDirectory, settings: RunSettings, first_step: int) -> None:
         "seeds": {"run": seed, "initial_weights": seed, "data_order": seed, "samples": seed},
         "config_sha256": hashlib.sha256(to_json(settings.model_dump(mode="json"))).hexdigest(),
         "first_step": first_step,
+        "teacher": None if teacher is None else {**teacher, "path": readable(str(teacher["path"]))},
     }
     _write(run, [*_sittings(run), sitting])
 

@@ -70,8 +70,10 @@ class Recorder:
             "train/learning_rate": self.schedule.learning_rate(k),
             "train/weight_decay": self.schedule.weight_decay(k),
             "train/grad_norm": result.grad_norm,
+            **self._distillation(k, result),
             "train/epoch": epoch,
             "train/stage": self.schedule.stage(k),
+            **(self.schedule.quantization.row(k) if self.schedule.quantization is not None else {}),
             **rates,
             "perf/mfu": mfu(rates["perf/tokens_per_sec"], flops, self._peak),
             "perf/peak_memory_mb": peak_memory_mb(self._device),
@@ -80,12 +82,20 @@ class Recorder:
         self.log("train", row)
         self.status.update(
             step=self.progress.step, tokens_seen=self.progress.tokens, elapsed_seconds=row["wall_s"],
-            stage=row["train/stage"], loss=result.loss, learning_rate=row["train/learning_rate"],
+            stage=row["train/stage"], stage_name=self.schedule.stage_name(k), loss=result.loss,
+            learning_rate=row["train/learning_rate"],
             weight_decay=row["train/weight_decay"], grad_norm=result.grad_norm,
             tokens_per_sec=row["perf/tokens_per_sec"], step_time_ms=row["perf/step_time_ms"],
             eta_seconds=row["eta_s"], tracker=self.tracker_states(),
         )  # fmt: skip
         return row
+
+    def _distillation(self, k: int, result: StepResult) -> dict[str, float]:
+        """The weighted term of a teacher, which the loss does not hold, and its weight; nothing without one."""
+        if result.distillation is None:
+            return {}
+        weight = self.settings.distillation.weight_at(k, self.schedule.total_steps)
+        return {"train/distillation_loss": result.distillation, "train/distillation_weight": weight}
 
     def evaluation(self, result: EvaluationResult) -> None:
         mean = self.progress.mean_loss

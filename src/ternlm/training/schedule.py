@@ -9,6 +9,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
+from ternlm.models.stages import STAGE_NAMES, Stages
 from ternlm.settings import Count, Float, Settings
 
 ScheduleName = Literal["constant", "linear", "cosine", "wsd", "two_stage", "two_stage_continuous"]
@@ -71,18 +72,29 @@ class Schedule:
         two_stage               F + (P_s - F) (N - k) / (N - w), P_s = P before b, then P2
         two_stage_continuous    P + (P2 - P) (k - w) / (b - w), then P2 + (F - P2) (k - b) / (N - b)
 
+    Progressive quantization multiplies the curve by its own factor once all layers are ternary.
+
     Args:
         settings: The curve.
         peak: Peak learning rate P.
         weight_decay: Weight decay before it is switched off.
         total_steps: Number of updates N.
+        quantization: The stages of progressive quantization.
 
     Source:
         Ma et al., "The Era of 1-bit LLMs: Training Tips, Code and FAQ" (two stages, weight decay
         off in the second); Kaushal et al. 2024, Spectra (arXiv 2407.12327).
     """
 
-    def __init__(self, settings: ScheduleSettings, peak: float, weight_decay: float, total_steps: int) -> None:
+    def __init__(
+        self,
+        settings: ScheduleSettings,
+        peak: float,
+        weight_decay: float,
+        total_steps: int,
+        quantization: Stages | None = None,
+    ) -> None:
+        self.quantization = quantization if quantization is not None and quantization.is_progressive else None
         self.settings, self.peak, self.total_steps = settings, peak, total_steps
         self.final = peak * settings.min_lr_ratio
         self.second_peak = peak * settings.second_peak_ratio
@@ -100,21 +112,29 @@ class Schedule:
 
     def learning_rate(self, k: int) -> float:
         """Learning rate of update k."""
+        factor = 1.0 if self.quantization is None else self.quantization.rate_factor(k)
         if k < self.warmup_steps:
-            return self.peak * (k + 1) / self.warmup_steps
-        return float(getattr(self, f"_{self.settings.name}")(k))
+            return factor * self.peak * (k + 1) / self.warmup_steps
+        return factor * float(getattr(self, f"_{self.settings.name}")(k))
 
     def weight_decay(self, k: int) -> float:
         """Weight decay of update k."""
         return self._weight_decay if k < self.weight_decay_end else 0.0
 
     def stage(self, k: int) -> int:
-        """1 or 2; always 1 for schedules of one stage."""
+        """The stage of progressive quantization, 1 to 3, or else of the schedule, 1 or 2; 1 where there is one only."""
+        if self.quantization is not None:
+            return self.quantization.stage(k)
         return 2 if self.has_stages and k >= self.boundary else 1
+
+    def stage_name(self, k: int) -> str | None:
+        """What the stage of progressive quantization is called; None where there is none."""
+        return None if self.quantization is None else STAGE_NAMES[self.quantization.stage(k)]
 
     def boundaries(self) -> list[int]:
         """Updates that begin a new stage: a checkpoint is kept on both sides of each."""
-        return [self.boundary] if self.has_stages and 0 < self.boundary < self.total_steps else []
+        own = {self.boundary} if self.has_stages and 0 < self.boundary < self.total_steps else set()
+        return sorted(own.union(self.quantization.boundaries() if self.quantization is not None else ()))
 
     def _constant(self, k: int) -> float:
         return self.peak

@@ -5,18 +5,21 @@ from typing import Any, Literal, Self
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from ternlm.data.settings import DataSettings
+from ternlm.data.windows import Windows, build_windows
 from ternlm.device import Precision
 from ternlm.errors import SettingsError
 from ternlm.evaluation.settings import EvaluationSettings
-from ternlm.models import MODELS, ModelSettings, QuantizationMode, model_settings
+from ternlm.models import MODELS, ModelSettings, model_settings
+from ternlm.models.stages import QuantizationSettings, Stages
 from ternlm.settings import Count, Float, Seconds, Settings
 from ternlm.settings.resolve import Names
-from ternlm.tokenizers import TokenizerSettings
+from ternlm.tokenizers import Tokenizer, TokenizerSettings
 from ternlm.tracking import TrackingSettings
 from ternlm.training.anomaly_settings import AnomalySettings
-from ternlm.training.objective import ObjectiveSettings
+from ternlm.training.distillation import DistillationSettings
+from ternlm.training.objective import ObjectiveSettings, require_matching
 from ternlm.training.optimizer import OptimizerSettings
-from ternlm.training.schedule import ScheduleSettings
+from ternlm.training.schedule import Schedule, ScheduleSettings
 
 
 class TrainingSettings(Settings):
@@ -96,11 +99,12 @@ class RunSettings(Settings):
     objective: ObjectiveSettings = ObjectiveSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
-    quantization: QuantizationMode = QuantizationMode()
+    quantization: QuantizationSettings = QuantizationSettings()
     training: TrainingSettings = TrainingSettings()
     tracking: TrackingSettings = TrackingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     anomaly: AnomalySettings = AnomalySettings()
+    distillation: DistillationSettings = DistillationSettings()
 
     @field_validator("model", mode="before")
     @classmethod
@@ -115,6 +119,8 @@ class RunSettings(Settings):
                 f"model.max_position_embeddings={self.model.max_position_embeddings}. "
                 "Lower the first or raise the second."
             )
+        family = self.model.family
+        require_matching(self.objective, family, MODELS[family].model.is_causal)
         if self.data.stream and self.training.max_epochs is not None:
             raise SettingsError(
                 "training.max_epochs cannot be counted on a stream, whose length shows only when it ends. "
@@ -150,6 +156,23 @@ class RunSettings(Settings):
             raise SettingsError("training.max_epochs needs the prepared data. Run 'ternlm data prepare' first.")
         return min(limits)
 
+    def windows(self, tokenizer: Tokenizer) -> Windows:
+        """How spans of the token stream become batches of this run.
+
+        Raises:
+            SettingsError: The tokenizer does not fit the objective.
+        """
+        return build_windows(self.objective.masking, tokenizer, self.data.sequence_length, self.training.seed)
+
+    def stages(self, total_steps: int) -> Stages:
+        """How each block rounds in each update of the run."""
+        return Stages(self.quantization, self.model.num_blocks, total_steps)
+
+    def rates(self, total_steps: int) -> Schedule:
+        """Learning rate, weight decay and stage of each update of the run."""
+        optimizer, stages = self.optimizer, self.stages(total_steps)
+        return Schedule(self.schedule, optimizer.learning_rate, optimizer.weight_decay, total_steps, stages)
+
 
 SECTION_ALIASES = {"optim": "optimizer", "quant": "quantization", "train": "training", "log": "tracking",
                    "eval": "evaluation"}  # fmt: skip
@@ -175,6 +198,8 @@ ALIASES = {
     "num_steps": "training.max_steps", "max_iters": "training.max_steps", "num_epochs": "training.max_epochs",
     "mixed_precision": "training.precision",
     "max_grad_norm": "training.grad_clip", "grad_clip_norm": "training.grad_clip",
+    "mlm_probability": "objective.mask_fraction", "mask_prob": "objective.mask_fraction",
+    "whole_word_mask": "objective.whole_word",
     "save_interval": "training.checkpoint_every_steps", "checkpoint_interval": "training.checkpoint_every_steps",
     "save_steps": "training.checkpoint_every_steps", "save_total_limit": "training.keep_last",
     "lr": "optimizer.learning_rate", "peak_lr": "optimizer.learning_rate",

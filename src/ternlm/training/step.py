@@ -11,6 +11,9 @@ from ternlm.data.batch import Batch
 from ternlm.device import is_out_of_memory
 from ternlm.errors import MemoryExhausted
 from ternlm.models import LanguageModel
+from ternlm.models.prediction import predict
+from ternlm.ops.noise import noise_key
+from ternlm.training.distillation import Distillation
 from ternlm.training.objective import ObjectiveSettings, loss_sums
 
 
@@ -22,12 +25,14 @@ class StepResult(NamedTuple):
         grad_norm: Norm of the gradient before clipping.
         targets: Targets in the batch.
         skipped: Nothing was updated.
+        distillation: The weighted term of a teacher per target, which is not in the loss; None without one.
     """
 
     loss: float
     grad_norm: float
     targets: int
     skipped: bool = False
+    distillation: float | None = None
 
 
 Judge = Callable[[StepResult], bool]
@@ -44,7 +49,8 @@ class Stepper:
 
     The gradient is that of the sum of nats over the whole batch divided by its number of targets,
     however it is cut into micro-batches. A non-finite loss or gradient never reaches the optimizer, whatever
-    the judge says.
+    the judge says. All randomness of a pass (dropout, stochastic rounding) follows from (seed, step,
+    micro-batch), so that a resumed run draws what it would have drawn.
 
     Args:
         model: Its parameters are updated.
@@ -54,6 +60,8 @@ class Stepper:
         micro_batch_size: Rows per forward pass.
         shrink: Halve `micro_batch_size` when memory runs out, and try the batch again.
         warn: Called with one sentence when that happens.
+        seed: Decides what a pass draws.
+        distillation: Adds the term of a teacher to what is minimized.
     """
 
     def __init__(
@@ -65,6 +73,8 @@ class Stepper:
         micro_batch_size: int,
         shrink: bool,
         warn: Callable[[str], None],
+        seed: int = 0,
+        distillation: Distillation | None = None,
     ) -> None:
         self.model, self.optimizer, self.objective = model, optimizer, objective
         self.grad_clip, self.micro_batch_size, self.shrink, self.warn = (
@@ -73,33 +83,41 @@ class Stepper:
             shrink,
             warn,
         )
+        self.seed, self.distillation = seed, distillation
         self._parameters = list(model.parameters())
         # Only float16 gradients underflow; the scaler is off, and free, in every other precision.
         device = self._parameters[0].device.type
         self.scaler = torch.amp.GradScaler(device, enabled=model.compute_dtype == torch.float16)
 
-    def __call__(self, batch: Batch, judge: Judge = is_finite) -> StepResult:
+    def __call__(self, batch: Batch, judge: Judge = is_finite, k: int = 0) -> StepResult:
         """Run one step.
 
         Args:
             batch: The whole batch of the step.
+            k: Number of the update.
             judge: Not asked while a loss scaler is still searching for its scale, where overflow is expected.
 
         Raises:
             MemoryExhausted: A single row does not fit.
         """
-        nll = self._backward_within_memory(batch)
+        observed = self.model.activation_scales()
+        nll, taught = self._backward_within_memory(batch, k, observed)
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        result = StepResult((nll / batch.num_targets).item(), norm.item(), batch.num_targets)
+        result = StepResult(
+            (nll / batch.num_targets).item(), norm.item(), batch.num_targets,
+            distillation=None if self.distillation is None else (taught / batch.num_targets).item(),
+        )  # fmt: skip
         usable = is_finite(result)
         if usable or not self._searching_scale():
             usable = judge(result) and usable
         if usable:
             self._update(norm, result.grad_norm)
-        elif self.scaler.is_enabled():
-            self.scaler.update()  # lowers the scale if the gradient overflowed
+        else:
+            self.model.put_back(observed)
+            if self.scaler.is_enabled():
+                self.scaler.update()  # lowers the scale if the gradient overflowed
         self.optimizer.zero_grad(set_to_none=True)
         return result._replace(skipped=not usable)
 
@@ -112,24 +130,36 @@ class Stepper:
         else:
             self.optimizer.step()
 
-    def _backward_within_memory(self, batch: Batch) -> Tensor:
+    def _backward_within_memory(self, batch: Batch, k: int, observed: list[Tensor]) -> tuple[Tensor, Tensor]:
         while True:
             try:
-                return self._backward(batch)
+                return self._backward(batch, k)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             # Outside the except block, so that the traceback no longer holds the tensors of the failed pass.
+            self.model.put_back(observed)
             self._shrink(batch.tokens.shape)
 
-    def _backward(self, batch: Batch) -> Tensor:
-        nll = torch.zeros((), device=batch.tokens.device)
+    def _backward(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
+        """The sum of nats over the batch, and of what a teacher adds to it."""
+        nll, taught = torch.zeros(2, device=batch.tokens.device).unbind()
         parts = zip(batch.tokens.split(self.micro_batch_size), batch.targets.split(self.micro_batch_size), strict=True)
-        for tokens, targets in parts:
-            sums = loss_sums(self.model(tokens), targets, self.objective)
-            self.scaler.scale(sums.objective / max(batch.num_targets, 1)).backward()
+        for number, (tokens, targets) in enumerate(parts):
+            key = noise_key(self.seed, k, number)
+            torch.manual_seed(key)  # dropout draws from torch's own generator
+            self.model.begin_pass(key)
+            output = predict(self.model, tokens, targets)
+            sums = loss_sums(output, targets, self.objective)
+            objective = sums.objective
+            if self.distillation is not None:
+                term = self.distillation.term(tokens, targets, output.logits, k)
+                objective = objective + term
+                taught += term.detach()
+            self.scaler.scale(objective / max(batch.num_targets, 1)).backward()
+            self.model.end_pass()
             nll += sums.nll
-        return nll
+        return nll, taught
 
     def _shrink(self, shape: torch.Size) -> None:
         self.optimizer.zero_grad(set_to_none=True)

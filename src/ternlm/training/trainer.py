@@ -29,19 +29,20 @@ from ternlm.evaluation.evaluate import EvaluationResult, evaluate, require_fitti
 from ternlm.evaluation.samples import sample_modes
 from ternlm.evaluation.ternary import TernaryStatistics
 from ternlm.models import LanguageModel, build_model
+from ternlm.models.prediction import predict
 from ternlm.run_directory import RunDirectory
 from ternlm.tokenizers import Tokenizer
 from ternlm.tracking.console import short_duration
 from ternlm.training import evidence, roll_back
 from ternlm.training.anomaly import Detector, Event
 from ternlm.training.compilation import compile_blocks
+from ternlm.training.distillation import build_distillation
 from ternlm.training.interruption import Interruption
 from ternlm.training.optimizer import build_optimizer, load_optimizer_tensors, optimizer_tensors, set_rates
 from ternlm.training.plan import activation_bytes
 from ternlm.training.progress import Progress
 from ternlm.training.recorder import Recorder
 from ternlm.training.saves import Saves
-from ternlm.training.schedule import Schedule
 from ternlm.training.settings import RunSettings
 from ternlm.training.status import StatusFile
 from ternlm.training.step import Judge, Stepper, StepResult
@@ -87,22 +88,24 @@ class Trainer:
         self.model = self._build_model()
         require_fitting(self.model, tokenizer)
         self.optimizer = build_optimizer(self.model, settings.optimizer)
-        self.loader = corpus.loader(
-            training.batch_size, settings.data.sequence_length, training.seed, tokenizer.bos_id, self.device
-        )
+        self.loader = corpus.loader(training.batch_size, settings.windows(tokenizer), training.seed, self.device)
         self.total_steps = settings.total_steps(self.loader.windows_per_epoch)
-        optimizer = settings.optimizer
-        self.schedule = Schedule(settings.schedule, optimizer.learning_rate, optimizer.weight_decay, self.total_steps)
+        self.schedule, self.stages = settings.rates(self.total_steps), settings.stages(self.total_steps)
         self.progress = Progress()
         self.interruption = Interruption()
         self.status = status or StatusFile(run, self._say)
+        self.distillation = build_distillation(
+            settings.distillation, self.model, settings.data.sequence_length, tokenizer, run.path.parent,
+            self.total_steps,
+        )  # fmt: skip
         self.stepper = Stepper(
-            self.model, self.optimizer, settings.objective, training.grad_clip,
-            self._first_micro_batch_size(), training.micro_batch_size == "auto", self._say,
+            self.model, self.optimizer, settings.objective, training.grad_clip, self._first_micro_batch_size(),
+            training.micro_batch_size == "auto", self._say, training.seed, self.distillation,
         )  # fmt: skip
         new_stages = [*self.schedule.boundaries(), self.schedule.weight_decay_end]
         self.detector = Detector(settings.anomaly, self.model.settings.vocab_size or 0, new_stages)
         self.statistics = TernaryStatistics(self.model)
+        self.stages.apply(self.model, 0)
         if resume_from is not None:
             self._restore(resume_from)
         self.recorder = Recorder(run, settings, self.schedule, self.progress, self.status, quiet)
@@ -162,7 +165,7 @@ class Trainer:
         batch = self.loader.batch(self.progress.samples)
         data_s = time.perf_counter() - started
         result = self.train_step(batch, partial(self._judge, k, batch))
-        self.recorder.clock.count(result.targets, time.perf_counter() - started, data_s)
+        self.recorder.clock.count(batch.num_tokens, time.perf_counter() - started, data_s)
         self.progress.elapsed_s = self.recorder.clock.elapsed()
         if self._action == "roll_back":
             self._roll_back()
@@ -191,10 +194,11 @@ class Trainer:
         """
         k = self.progress.step
         set_rates(self.optimizer, self.schedule.learning_rate(k), self.schedule.weight_decay(k))
-        result = self.stepper(batch, judge)
+        self.stages.apply(self.model, k)
+        result = self.stepper(batch, judge, k)
         self.progress.step += 1
         self.progress.samples += self.settings.training.batch_size
-        self.progress.tokens += result.targets
+        self.progress.tokens += batch.num_tokens
         if not result.skipped:
             self.progress.accept(result.loss)
         return result
@@ -221,6 +225,7 @@ class Trainer:
             settings.batch_size or self.stepper.micro_batch_size,
             settings.max_tokens,
             self.interruption.check,
+            self.settings.objective.masking,
         )
         if not math.isfinite(result.loss):
             raise Diverged(f"the validation loss is {result.loss} at step {self.progress.step}. {LOWER_RATE}")
@@ -290,7 +295,8 @@ class Trainer:
         self.saves.last_step = self.progress.step
 
     def _log_step(self, k: int, result: StepResult) -> None:
-        row = self.recorder.step(k, result, self.loader.epoch(self.progress.samples), self.corpus.bytes_per_token())
+        bytes_per_token = self.corpus.bytes_per_token() if self.model.is_causal else None
+        row = self.recorder.step(k, result, self.loader.epoch(self.progress.samples), bytes_per_token)
         since = row["wall_s"] - self._last_row_s
         self._last_row_s = row["wall_s"]
         self._note(self.detector.judge_throughput(self.progress.step, row["perf/tokens_per_sec"], since))
@@ -316,7 +322,8 @@ class Trainer:
     def _build_model(self) -> LanguageModel:
         training = self.settings.training
         with torch.device(self.device):
-            model = build_model(self.settings.model, self.settings.quantization, training.gradient_checkpointing)
+            rounding = self.settings.quantization.base()
+            model = build_model(self.settings.model, rounding, training.gradient_checkpointing)
         model.compute_dtype = choose_dtype(training.precision, self.device)
         if model.compute_dtype == torch.float16 and getattr(self.settings.model, "hidden_act", "") == "relu2":
             raise SettingsError(
@@ -341,6 +348,7 @@ class Trainer:
         progress = Progress.from_state(opened.state, opened.path)
         checkpoint.load_tensors(self.model, opened.model, opened.path)
         load_optimizer_tensors(self.model, self.optimizer, opened.optimizer)
+        self.stages.apply(self.model, progress.step - 1)
         memory = opened.state.get("detector")
         try:
             if memory is not None:
@@ -368,6 +376,7 @@ class Trainer:
             "data_fingerprint": self.corpus.fingerprint,
             "total_steps": self.total_steps,
             "run_id": self.run_directory.id,
+            "distillation": None if self.distillation is None else self.distillation.identity,
         }
         return checkpoint.Contents(
             self.model.tensors(),
@@ -439,7 +448,7 @@ class Trainer:
     def warm_up(self) -> None:
         """A training and an evaluation pass whose results are thrown away, to compile with."""
         batch = self.loader.batch(self.progress.samples, self.stepper.micro_batch_size)
-        self.model.train()(batch.tokens).logits.float().mean().backward()
+        predict(self.model.train(), batch.tokens, batch.targets).logits.float().mean().backward()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            self.model.eval()(batch.tokens)
+            predict(self.model.eval(), batch.tokens, batch.targets)

@@ -1,0 +1,185 @@
+"""A masked-encoder training step, everything on, against its full-precision twin with root-mean-square norms.
+
+    python benchmarks/qdyt_step.py [--models base,small] [--modes eager,compiled] [--steps 12]
+
+`ternary` is the recipe as it trains in its last stage: learned ternary weights, 4-bit activations with stochastic
+rounding and observed scales, tanh norms, mixers, learned residual scales, integer embedding and head. `twin` has the
+same shape with none of it. Both arms live in one process and take turns step by step, so that a machine whose speed
+drifts treats them alike. The clock is process CPU time on one thread, which other programs disturb least; wall time
+is reported beside it. A step is forward, loss at 15% of the positions, backward, the update of activation scales, and
+fused AdamW on one micro-batch, dropout included, so each ternary step also pays for one rounding of all weights.
+
+`mixers` is the share of a ternary step spent in the rotations: their forward and backward alone, at the shapes of the
+step, measured between the steps of the same run. They run eagerly there, so the share is an upper bound for compiled
+blocks; `step_without_mixers`, a third arm that has none, tells what they cost in any mode.
+
+Writes benchmarks/results/qdyt_step-DATE.json.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ternlm.device import keep_freed_memory
+from ternlm.models import FULL_PRECISION, LanguageModel, QuantizationMode, build_model, model_settings
+from ternlm.nn.mixer import Mixer
+from ternlm.training.optimizer import OptimizerSettings, build_optimizer
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES: dict[str, tuple[dict[str, Any], int, int]] = {
+    "base": ({"vocab_size": 30522, "mixed_precision_last_blocks": 2, "vo_bits": 6, "qk_bits": 6}, 8, 128),
+    "small": (
+        {"vocab_size": 8192, "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,
+         "intermediate_size": 1536},
+        8, 128,
+    ),
+}  # fmt: skip
+TERNARY = QuantizationMode(quantizer="ttq", activations="int4")
+ARMS: dict[str, tuple[dict[str, Any], QuantizationMode]] = {
+    "ternary": ({}, TERNARY),
+    "step_without_mixers": ({"mixers": False}, TERNARY),
+    "twin": (
+        {"norm_type": "rms", "mixers": False, "skip_init": False, "embed_scale": "none"},
+        FULL_PRECISION,
+    ),
+}  # fmt: skip
+MASKED = 0.15
+
+
+class Arm:
+    """A model, its optimizer, and one fixed batch."""
+
+    def __init__(self, name: str, shape: str, compiled: bool) -> None:
+        values, rows, length = SHAPES[shape]
+        overrides, mode = ARMS[name]
+        settings = model_settings({"family": "qdyt", **values, **overrides})
+        self.name, self.passes = name, 0
+        self.model: LanguageModel = build_model(settings, mode)
+        self.model.initialize(0)
+        self.model.compute_dtype = torch.bfloat16
+        self.model.set_step(10_000)
+        if compiled:
+            for block in self.model.blocks():
+                block.compile(fullgraph=True)
+        self.optimizer = build_optimizer(self.model, OptimizerSettings(learning_rate=3e-4))
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(0, settings.vocab_size or 0, (rows, length), generator=generator)
+        self.scored = torch.rand(rows, length, generator=generator) < MASKED
+        self.targets = self.tokens[self.scored]
+
+    def step(self) -> float:
+        """One training step; returns the loss."""
+        self.passes += 1
+        torch.manual_seed(self.passes)
+        self.model.begin_pass(self.passes)
+        loss = F.cross_entropy(self.model(self.tokens, scored=self.scored).logits.float(), self.targets)
+        loss.backward()
+        self.model.end_pass()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+
+class Rotations:
+    """All mixers of a model on inputs of the shapes that they meet, forward and backward."""
+
+    def __init__(self, model: LanguageModel, rows: int, length: int) -> None:
+        self.calls: list[tuple[Mixer, torch.Tensor]] = []
+        heads = model.settings.num_attention_heads  # type: ignore[attr-defined]
+        for name, module in model.named_modules():
+            if isinstance(module, Mixer):
+                is_head = module.width == model.settings.head_dim  # type: ignore[attr-defined]
+                shape = (rows, length, heads, module.width) if is_head else (rows, length, module.width)
+                x = torch.randn(shape, dtype=torch.bfloat16, requires_grad=True)
+                self.calls += [(module, x)] * (2 if name.endswith("qk_mixer") else 1)
+
+    def run(self) -> None:
+        """Once forward and backward through each."""
+        for mixer, x in self.calls:
+            mixer(x).backward(x.detach())
+            x.grad = None
+
+
+def main() -> None:
+    """Measure every shape and mode, and write the result."""
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
+    results = []
+    for shape in arguments.models.split(","):
+        for mode in arguments.modes.split(","):
+            results.append({"model": shape, "mode": mode, **measure(shape, mode == "compiled", arguments)})
+            print(line(results[-1]), flush=True)
+    if arguments.dry:
+        return
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"qdyt_step-{datetime.now(UTC):%Y-%m-%d}.json"
+    file.write_text(json.dumps({"machine": machine(arguments.threads), "results": results}, indent=1) + "\n")
+    print(f"written to {file}")
+
+
+def measure(shape: str, compiled: bool, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Interleaved steps of all arms, and of the rotations alone."""
+    arms = [Arm(name, shape, compiled) for name in ARMS]
+    rotations = Rotations(arms[0].model, *SHAPES[shape][1:])
+    calls = {arm.name: arm.step for arm in arms} | {"mixers": rotations.run}
+    for call in calls.values():
+        for _ in range(arguments.warmup):
+            call()
+    cpu: dict[str, list[float]] = {name: [] for name in calls}
+    wall: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(arguments.steps):
+        for name, call in calls.items():
+            started, cpu_started = time.perf_counter(), time.process_time()
+            call()
+            cpu[name].append(time.process_time() - cpu_started)
+            wall[name].append(time.perf_counter() - started)
+    ratios = [a / b for a, b in zip(cpu["ternary"], cpu["twin"], strict=True)]
+    shares = [a / b for a, b in zip(cpu["mixers"], cpu["ternary"], strict=True)]
+    return {
+        "step_cpu_ms": {name: 1e3 * statistics.median(times) for name, times in cpu.items()},
+        "step_wall_ms": {name: 1e3 * statistics.median(times) for name, times in wall.items()},
+        "time_ratio": statistics.median(ratios),
+        "time_ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
+        "mixer_share": statistics.median(shares),
+    }
+
+
+def line(result: dict[str, Any]) -> str:
+    """One result for people."""
+    low, high = result["time_ratio_quartiles"]
+    text = f"{result['model']:>5} {result['mode']:9} ternary/twin: time {result['time_ratio']:.3f} "
+    return text + f"({low:.3f} to {high:.3f}); mixers {result['mixer_share']:.1%} of the ternary step"
+
+
+def machine(threads: int) -> dict[str, Any]:
+    """What it ran on."""
+    model = next((row.split(":")[1].strip() for row in Path("/proc/cpuinfo").read_text().splitlines()
+                  if row.startswith("model name")), platform.processor())  # fmt: skip
+    return {
+        "date": f"{datetime.now(UTC):%Y-%m-%d}", "cpu": model, "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": threads, "torch": torch.__version__, "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--models", default="base,small")
+    parser.add_argument("--modes", default="eager,compiled")
+    parser.add_argument("--steps", type=int, default=12, help="timed steps per arm")
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dry", action="store_true", help="print and write no file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
