@@ -7,7 +7,7 @@ import pytest
 from ternlm.recipes import load_recipe
 from ternlm.settings.resolve import Layer, parse_overrides, resolve
 from ternlm.training.launch import settings_from
-from ternlm.training.plan import make_plan
+from ternlm.training.plan import Plan, make_plan
 from ternlm.training.settings import setting_names
 
 PAGE = Path(__file__).parent.parent / "docs" / "single-gpu.md"
@@ -16,25 +16,21 @@ SEQUENCES = 8
 
 def row_of(recipe: str) -> str:
     """One line of the table: parameters, state, and activations of eight sequences without and with recomputation."""
-    plans = [
-        make_plan(settings_from(resolve([load_recipe(recipe), Layer("test", parse_overrides(assignments))], setting_names())))
-        for assignments in (
-            ["training.device=cuda", "training.precision=bf16", "training.gradient_accumulation_steps=null",
-             f"training.micro_batch_size={SEQUENCES}", f"training.gradient_checkpointing={recomputed}"]
-            for recomputed in ("false", "true")
-        )
-    ]  # fmt: skip
+    plans = [plan_of(recipe, f"training.gradient_checkpointing={recomputed}") for recomputed in ("false", "true")]
     length = load_recipe(recipe).values["data"]["sequence_length"]
     plain, recomputed = plans
     activations = [plan.activation_bytes_estimate for plan in plans]
-    cells = [f"`{recipe}`", f"{plain.parameters:,}", f"{plain.ternary - plain.integer:,}", str(length),
-             gigabytes(plain.state_bytes), *(gigabytes(size) for size in activations),
-             gigabytes(plain.state_bytes + activations[0]), gigabytes(recomputed.state_bytes + activations[1])]  # fmt: skip
+    totals = [plain.state_bytes + activations[0], recomputed.state_bytes + activations[1]]
+    counts = [f"`{recipe}`", f"{plain.parameters:,}", f"{plain.ternary - plain.integer:,}", str(length)]
+    cells = counts + [f"{size / 1e9:.2f}" for size in (plain.state_bytes, *activations, *totals)]
     return "| " + " | ".join(cells) + " |"
 
 
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f}"
+def plan_of(recipe: str, assignment: str) -> Plan:
+    overrides = ["training.device=cuda", "training.precision=bf16", "training.gradient_accumulation_steps=null",
+                 f"training.micro_batch_size={SEQUENCES}", assignment]  # fmt: skip
+    resolved = resolve([load_recipe(recipe), Layer("test", parse_overrides(overrides))], setting_names())
+    return make_plan(settings_from(resolved))
 
 
 ROWS = [line for line in PAGE.read_text().splitlines() if line.startswith("| `qdyt")]

@@ -97,7 +97,9 @@ def _print(made: "Plan", settings: "RunSettings") -> None:
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_column(style="dim")
-    kind = "full precision (the twin)" if settings.quantization.weights == "none" else settings.quantization.weights
+    kind: str = (
+        "full precision (the twin)" if settings.quantization.weights == "none" else settings.quantization.weights
+    )
     if made.integer and kind == "ternary":
         kind = f"{made.ternary - made.integer:,} of them ternary in the end"
     rows: list[tuple[str, str, str]] = [

@@ -59,7 +59,7 @@ class OptimizerSettings(Settings):
 
 
 def build_optimizer(model: LanguageModel, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Fused AdamW with up to four groups: ``matrices``, ``embeddings``, ``quantizers`` and ``rest``; only matrices decay.
+    """Fused AdamW with up to four groups, ``matrices``, ``embeddings``, ``quantizers``, ``rest``; only matrices decay.
 
     Every parameter is in exactly one group; tied tensors are one parameter. Each group has a ``ratio``, its
     learning rate as a share of that of the matrices.

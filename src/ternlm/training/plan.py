@@ -23,7 +23,8 @@ class Plan:
     """Counts are exact except where `estimate` is part of the name; sizes are bytes.
 
     Attributes:
-        ternary, embedding, other: Parameters by kind; `integer` of those called ternary keep integer weights to the end.
+        ternary, embedding, other: Parameters by kind.
+        integer: How many of those called ternary keep integer weights to the end.
         steps, tokens: Optimizer steps and training tokens.
         tokens_per_parameter: tokens / all parameters.
         flops: Floating-point operations of the whole run.
