@@ -2,12 +2,13 @@
 
     python benchmarks/qdyt_step.py [--models base,small] [--modes eager,compiled] [--steps 12]
 
-`ternary` is the recipe as it trains in its last stage: learned ternary weights, 4-bit activations with stochastic
-rounding and observed scales, tanh norms, mixers, learned residual scales, integer embedding and head. `twin` has the
-same shape with none of it. Both arms live in one process and take turns step by step, so that a machine whose speed
-drifts treats them alike. The clock is process CPU time on one thread, which other programs disturb least; wall time
-is reported beside it. A step is forward, loss at 15% of the positions, backward, the update of activation scales, and
-fused AdamW on one micro-batch, dropout included, so each ternary step also pays for one rounding of all weights.
+`ternary` is the family as it trains in its last stage: absmean ternary weights, 4-bit activations with stochastic
+rounding and observed scales, tanh norms, mixers, learned residual scales, integer embedding and head. `learned` is the
+same with a learned scale and threshold of each row (ttq). `twin` has the same shape with none of it. All arms live in
+one process and take turns step by step, so that a machine whose speed drifts treats them alike. The clock is process
+CPU time on one thread, which other programs disturb least; wall time is reported beside it. A step is forward, loss at
+15% of the positions, backward, the update of activation scales, and fused AdamW on one micro-batch, dropout included,
+so each ternary step also pays for one rounding of all weights.
 
 `mixers` is the share of a ternary step spent in the rotations: their forward and backward alone, at the shapes of the
 step, measured between the steps of the same run. They run eagerly there, so the share is an upper bound for compiled
@@ -42,9 +43,11 @@ SHAPES: dict[str, tuple[dict[str, Any], int, int]] = {
         8, 128,
     ),
 }  # fmt: skip
-TERNARY = QuantizationMode(quantizer="ttq", activations="int4")
+TERNARY = QuantizationMode(activations="int4")
+LEARNED = QuantizationMode(quantizer="ttq", granularity="row", activations="int4")
 ARMS: dict[str, tuple[dict[str, Any], QuantizationMode]] = {
     "ternary": ({}, TERNARY),
+    "learned": ({}, LEARNED),
     "step_without_mixers": ({"mixers": False}, TERNARY),
     "twin": (
         {"norm_type": "rms", "mixers": False, "skip_init": False, "embed_scale": "none"},
@@ -143,12 +146,14 @@ def measure(shape: str, compiled: bool, arguments: argparse.Namespace) -> dict[s
             cpu[name].append(time.process_time() - cpu_started)
             wall[name].append(time.perf_counter() - started)
     ratios = [a / b for a, b in zip(cpu["ternary"], cpu["twin"], strict=True)]
+    learned = [a / b for a, b in zip(cpu["learned"], cpu["twin"], strict=True)]
     shares = [a / b for a, b in zip(cpu["mixers"], cpu["ternary"], strict=True)]
     return {
         "step_cpu_ms": {name: 1e3 * statistics.median(times) for name, times in cpu.items()},
         "step_wall_ms": {name: 1e3 * statistics.median(times) for name, times in wall.items()},
         "time_ratio": statistics.median(ratios),
         "time_ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
+        "learned_time_ratio": statistics.median(learned),
         "mixer_share": statistics.median(shares),
     }
 
@@ -157,7 +162,8 @@ def line(result: dict[str, Any]) -> str:
     """One result for people."""
     low, high = result["time_ratio_quartiles"]
     text = f"{result['model']:>5} {result['mode']:9} ternary/twin: time {result['time_ratio']:.3f} "
-    return text + f"({low:.3f} to {high:.3f}); mixers {result['mixer_share']:.1%} of the ternary step"
+    text += f"({low:.3f} to {high:.3f}), learned {result['learned_time_ratio']:.3f}; "
+    return text + f"mixers {result['mixer_share']:.1%} of the ternary step"
 
 
 def machine(threads: int) -> dict[str, Any]:
