@@ -1,6 +1,8 @@
 """What each part of a small `qdyt` encoder is worth on real text, beside full-precision twins and a unigram model.
 
-    python benchmarks/qdyt_ablation.py --text FOLDER --held-out FILE --tokenizer FOLDER [--parallel 2] [--runs-dir DIR]
+    python benchmarks/qdyt_ablation.py --wikitext VALID --books FOLDER --held-out TEST --tokenizer FOLDER
+
+Trained on: the articles of a WikiText file and the novels of a folder. Held out: the articles of another WikiText file.
 
 Trains the arms of `qdyt_ablation.yaml` with `ternlm sweep` (again and again the same command goes on where it was
 stopped), then scores the last checkpoint of every arm that is finished on all of the held-out text, on the same hidden
@@ -14,6 +16,7 @@ import argparse
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -24,6 +27,7 @@ import torch
 
 from ternlm import checkpoint
 from ternlm.data.corpus import TokenStream
+from ternlm.data.hub import wikitext_articles
 from ternlm.data.masking import MaskingSettings
 from ternlm.data.preparation import prepare_data
 from ternlm.data.settings import DataSettings
@@ -42,8 +46,9 @@ HERE = Path(__file__).parent
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", required=True, help="folder of training text")
-    parser.add_argument("--held-out", required=True, help="file to score")
+    parser.add_argument("--wikitext", required=True, type=Path, help="wiki.valid.tokens of WikiText-2, to train on")
+    parser.add_argument("--books", required=True, type=Path, help="folder of novels, to train on")
+    parser.add_argument("--held-out", required=True, type=Path, help="wiki.test.tokens of WikiText-2, to score")
     parser.add_argument("--tokenizer", required=True, help="folder with vocab.txt of an uncased BERT")
     parser.add_argument("--parallel", type=int, default=2)
     parser.add_argument("--runs-dir", default="runs")
@@ -51,7 +56,9 @@ def main() -> None:
     options = parser.parse_args()
     sweep = Path(options.runs_dir) / "ablation"
     if not options.score_only:
-        words = [f"data.source={options.text}", f"data.validation_path={options.held_out}",
+        text = Path(options.runs_dir) / "text"
+        write_text(text, options.wikitext, options.books, options.held_out)
+        words = [f"data.source={text / 'train'}", f"data.validation_path={text / 'held_out.txt'}",
                  f"tokenizer.name={options.tokenizer}"]  # fmt: skip
         words += ["--parallel", str(options.parallel), "--runs-dir", options.runs_dir, "--sweep-id", sweep.name]
         command = [sys.executable, "-m", "ternlm", "sweep", str(HERE / "qdyt_ablation.yaml"), *words]
@@ -61,6 +68,16 @@ def main() -> None:
     file.write_text(json.dumps(result, indent=1) + "\n")
     print_table(result)
     print(f"written: {file}")
+
+
+def write_text(text: Path, wikitext: Path, books: Path, held_out: Path) -> None:
+    """The training folder and the held-out file, with articles as documents of their own."""
+    (text / "train").mkdir(parents=True, exist_ok=True)
+    for source, target in ((wikitext, text / "train" / "wikitext.txt"), (held_out, text / "held_out.txt")):
+        articles = wikitext_articles(source.read_text(encoding="utf-8").splitlines(keepends=True))
+        target.write_text("\n<|endoftext|>\n".join(articles), encoding="utf-8")
+    for book in sorted(books.glob("*.txt")):
+        shutil.copy2(book, text / "train" / book.name)
 
 
 def score(sweep: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from builders import tiny_model
+from builders import random_tokens, tiny_model
 from ternlm.errors import SettingsError
 from ternlm.models.stages import QuantizationSettings, Stages
 from ternlm.training.schedule import Schedule, ScheduleSettings
@@ -152,6 +152,26 @@ def test_applying_the_same_stage_again_leaves_the_codes_alone() -> None:
     made.apply(model, 501)
     model.refresh()
     assert [layer.quantizations for layer in model.bit_linears().values()] == before
+
+
+@pytest.mark.parametrize("family", ["bitnet", "qdyt"])
+def test_m03_a_blended_boundary_changes_the_function_by_one_share_of_the_whole_change(family: str) -> None:
+    model, tokens = tiny_model(family, num_hidden_layers=4), random_tokens(3, 11)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_scale"):
+            parameter.data.fill_(1.0)  # residual scales, so that blocks count
+    model.eval()
+
+    def change(blend_steps: int) -> float:
+        made, logits = stages(blocks=4, blend_steps=blend_steps), []
+        for k in (299, 300):
+            made.apply(model, k)
+            with torch.no_grad():
+                logits.append(model(tokens).logits)
+        return ((logits[1] - logits[0]).norm() / logits[0].norm()).item()
+
+    assert change(0) > 0.02
+    assert change(99) < 0.08 * change(0)  # one of a hundred shares, and activation codes that tip over
 
 
 def test_int8_weights_are_close_to_full_precision_and_ternary_ones_are_not() -> None:

@@ -52,6 +52,7 @@ _COLUMNS = {
 }  # fmt: skip
 _SHARES = {"negative", "zero", "positive", "relative_error", "utilization", "entropy", "clip_rate", "at_limit",
            "saturation"}  # fmt: skip
+_NUMBER_WIDTH = 8
 FULL_WIDTH = 140
 """Columns that the tables of `full_tables` need, for the longest names."""
 
@@ -67,8 +68,12 @@ def summary_table(analysis: Row) -> Table:
         ("highest", "right"),
         ("at", "left"),
     ):
-        table.add_column(name, justify=justify, no_wrap=True, style="dim" if name == "at" else "")  # type: ignore[arg-type]
+        least = None if name == "at" else _NUMBER_WIDTH  # in a narrow terminal places are cut, numbers are not
+        style = "dim" if name == "at" else ""
+        table.add_column(name, justify=justify, no_wrap=True, style=style, min_width=least)  # type: ignore[arg-type]
     kinds = _kinds(analysis)
+    ternary = [row for row in kinds["matrices"] if row["negative"] is not None]
+    kinds["matrices"] = ternary or kinds["matrices"]  # scales of integer rows are another thing
     for quantity in _QUANTITIES:
         rows = sorted(
             (row for row in kinds[quantity.rows] if row.get(quantity.key) is not None),
