@@ -185,6 +185,12 @@ def find_run(reference: str, root: Path) -> RunDirectory:
     raise EnvironmentFault(f"no run '{reference}' in '{root}' (newest runs: {names}). Give its path or name.")
 
 
+def runs_around(run: RunDirectory) -> Path:
+    """The folder in which other runs are known by name: the run's own, or around a sweep's trial that of the sweep."""
+    folder = run.path.parent
+    return folder.parent if (folder / SWEEP).is_file() else folder
+
+
 def runs_in(folder: Path) -> list[Path]:
     """The folder itself, or the runs of a sweep."""
     return sorted(folder.glob("*/")) if (folder / SWEEP).is_file() else [folder]

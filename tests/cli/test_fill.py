@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from builders import tiny_bitnet, tiny_data_settings
-from encoders import PIECES, TableEncoder, table, wordpiece
+from encoders import PIECES, SPECIAL, TableEncoder, table, wordpiece
 from ternlm.checkpoint import Loaded
 from ternlm.data.preparation import prepare_data
 from ternlm.tokenizers import ByteTokenizer, TokenizerSettings
@@ -57,14 +57,61 @@ def test_json_has_one_object_per_text_from_arguments_and_file(encoder: Path, ter
         ((), "there is no text to fill"),
         (("no gap",), "'no gap' holds no mask"),
         (("[MASK] " * 40,), "longer than the 24 that the model reads"),
-        (("--file", "nowhere.txt"), "file 'nowhere.txt' cannot be read"),
+        (("--file", "nowhere.txt"), "file 'nowhere.txt' cannot be read: No such file"),
+        (("--file", "empty.txt"), "file 'empty.txt' holds no text"),
+        (("--file", "latin.txt"), "file 'latin.txt' is not UTF-8 at byte 3"),
     ],
 )
 def test_texts_that_cannot_be_filled_are_refused(
     encoder: Path, ternlm: Any, arguments: tuple[str, ...], sentence: str
 ) -> None:
+    Path("empty.txt").write_text("\n \n")
+    Path("latin.txt").write_bytes("caf\xe9 [MASK]".encode("latin-1"))
     outcome = ternlm("fill", encoder, *arguments)
     assert outcome.code == 2 and sentence in outcome.err and outcome.err.count("\n") == 1
+
+
+def test_special_tokens_are_no_candidates_however_many_are_wanted(encoder: Path, ternlm: Any) -> None:
+    outcome = ternlm("fill", encoder, "the [MASK]", "--top", 1000, "--json")
+    (candidates,) = json.loads(outcome.out)["masks"]
+    assert len(candidates) == len(PIECES) - len(SPECIAL) and all(candidate["text"] for candidate in candidates)
+
+
+def test_only_a_line_feed_ends_a_text(encoder: Path, ternlm: Any, tmp_path: Path) -> None:
+    (tmp_path / "lines.txt").write_bytes("the [MASK] ran\x85and\x0cslept\r\nseven [MASK]\n".encode())
+    outcome = ternlm("fill", encoder, "--file", tmp_path / "lines.txt", "--json")
+    assert [json.loads(line)["text"] for line in outcome.out.split("\n") if line] == [
+        "the [MASK] ran\x85and\x0cslept", "seven [MASK]"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--sequence-length", 25), "--sequence-length 25 is longer than the 24 tokens that the model reads"),
+        (("--sequence-length", 0), "Invalid value"),
+        (("--batch-size", 0), "Invalid value"),
+        (("--max-tokens", 0), "Invalid value"),
+    ],
+)
+def test_windows_that_cannot_be_read_are_refused(
+    encoder: Path, ternlm: Any, arguments: tuple[object, ...], sentence: str
+) -> None:
+    outcome = ternlm("evaluate", encoder, *arguments)
+    assert outcome.code == 2 and sentence in outcome.err and "Traceback" not in outcome.err
+
+
+def test_an_encoder_is_evaluated_on_other_text_when_its_own_is_gone(encoder: Path, ternlm: Any, tmp_path: Path) -> None:
+    (tmp_path / "texts").rename(tmp_path / "elsewhere")
+    outcome = ternlm("evaluate", encoder, "--data", tmp_path / "elsewhere", "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["unigram_loss"] is None
+
+
+def test_help_shows_the_defaults_that_depend_on_the_run(ternlm: Any) -> None:
+    assert "the run's own" in ternlm("evaluate", "--help").out
+    assert "$TERNLM_RUNS_DIR or runs" in ternlm("fill", "--help").out
+    assert "<mask> or <|mask|>" in ternlm("fill", "--help").out
 
 
 def test_a_causal_checkpoint_cannot_fill_and_an_encoder_cannot_continue(

@@ -435,6 +435,15 @@ def test_t17_sites_observe_once_per_pass_and_never_in_evaluation() -> None:
         assert all(torch.equal(a, b) for a, b in zip(before, model.activation_scales(), strict=True))
 
 
+def test_sites_that_are_off_or_have_a_bound_are_saved_as_unobserved() -> None:
+    model, tokens = tiny(act_scale="bound", gate_bits=16), random_tokens(2, 9)
+    train_pass(model, tokens)
+    for name, site in model.activation_quantizers().items():
+        if site.settings.act_scale == "bound":
+            is_bare = name.endswith(("self_attn.input_quantizer", "gate_quantizer"))
+            assert is_bare <= (int(site.observed) == 0), name
+
+
 def test_padding_is_not_observed() -> None:
     scales, tokens = [], random_tokens(3, 19)
     for filler in (tokens, (tokens + 30) % 61):

@@ -257,6 +257,21 @@ def test_a_frozen_site_and_one_that_does_not_observe_keep_their_scale() -> None:
         assert torch.equal(made.rho, before) and int(made.observed) == 1 and torch.equal(step, before / 7)
 
 
+def test_a_reset_site_that_is_off_has_observed_nothing() -> None:
+    made = site()
+    made(randn(2, 8, FEATURES))
+    made.commit()
+    made.mode = FULL_PRECISION
+    made.reset()
+    made(randn(2, 8, FEATURES))
+    made.commit()
+    assert int(made.observed) == 0 and float(made.rho) == 0.0
+    made.mode = QuantizationMode()
+    made(randn(2, 8, FEATURES))
+    made.commit()
+    assert torch.equal(made.rho, magnitude_percentile(randn(2, 8, FEATURES), 99.7))
+
+
 @pytest.mark.parametrize("heads", [None, HEADS])
 def test_m02_qdrop_bypasses_tokens_in_training_only(heads: int | None) -> None:
     made = site(heads=heads)

@@ -96,8 +96,19 @@ def test_a_scale_gradient_is_that_of_the_whole_layer() -> None:
                 losses.append(float((made(x)[0] * direction).sum()))
                 raw[i] -= sign * h
         slope = (losses[0] - losses[1]) / (2 * h) / 24**0.5
-        clamped = max(-1.0, min(1.0, slope / float(raw[i].detach().sigmoid()))) * float(raw[i].detach().sigmoid())
-        assert float(raw.grad[i]) == pytest.approx(clamped, rel=1e-2, abs=1e-4)
+        assert float(raw.grad[i]) == pytest.approx(slope, rel=1e-2, abs=1e-4)
+
+
+def test_row_gradients_are_clamped_before_the_slope_of_softplus() -> None:
+    for mode in (TTQ, LSQ):
+        made = layer(mode.model_copy(update={"lsq_grad_clip": 0.25}))
+        (made(randn(6, 24))[0] * randn(6, 5, seed=3)).sum().backward()
+        assert made.quantizer is not None
+        free = {name: (raw.grad / raw.sigmoid()).detach() for name, raw in made.quantizer.named_parameters()}  # type: ignore[operator]
+        made.quantizer.clamp_gradients()
+        for name, raw in made.quantizer.named_parameters():
+            torch.testing.assert_close(raw.grad / raw.sigmoid(), free[name].clamp(-0.25, 0.25))  # type: ignore[operator]
+            assert bool((free[name].abs() > 0.25).any()) and bool((free[name].abs() < 0.25).any())
 
 
 def test_m05_loading_a_trained_layer_never_starts_its_quantizer_afresh() -> None:

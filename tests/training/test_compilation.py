@@ -1,7 +1,11 @@
 """Compiling is optional: it shows its time, and where it fails training goes on without."""
 
+import copy
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from builders import random_tokens, tiny_bitnet
 from ternlm.training.compilation import compile_blocks
@@ -36,3 +40,32 @@ def test_compiling_says_how_long_it_took_and_keeps_parameter_names(monkeypatch: 
     assert compiled == [True] * len(list(model.blocks()))
     assert "not counted in tokens/s" in said[-1]
     assert list(model.tensors()) == names
+
+
+class Dialled(nn.Module):
+    """A block with a setting that a compiler reads as a constant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dial = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.dial
+
+
+def test_a_block_may_round_in_many_ways_in_one_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    block = Dialled()
+    compile_block = copy.copy(block.compile)
+
+    def without_code_generation(**options: Any) -> None:
+        compile_block(backend="eager", **options)
+
+    monkeypatch.setattr(block, "compile", without_code_generation)
+    model = tiny_bitnet()
+    monkeypatch.setattr(model, "blocks", lambda: iter([block]))
+    assert compile_blocks(model, lambda: None, lambda text: None)
+    for dial in range(20):
+        block.dial = dial
+        assert block(torch.ones(3)).tolist() == [dial] * 3

@@ -90,6 +90,28 @@ def test_learned_scales_that_never_had_a_gradient_need_no_state() -> None:
         load_optimizer_tensors(other, second, tensors)
 
 
+def test_a_state_that_is_put_back_replaces_what_learned_scales_had_since() -> None:
+    mode = QuantizationMode.model_validate({"quantizer": "ttq"})
+    model, tokens = tiny_bitnet(mode=mode), random_tokens(2, 9)
+    optimizer = build_optimizer(model, OptimizerSettings())
+    model.set_mode(QuantizationMode.model_validate({"weights": "int8", "quantizer": "ttq"}))
+    saved: list[set[str]] = []
+    for next_mode in (mode, None):
+        model(tokens).logits.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        tensors = {name: value.clone() for name, value in optimizer_tensors(model, optimizer).items()}
+        saved.append(set(tensors))
+        if next_mode is not None:
+            before = tensors
+            model.set_mode(next_mode)
+    assert saved[0] < saved[1]
+    load_optimizer_tensors(model, optimizer, before)
+    assert set(optimizer_tensors(model, optimizer)) == saved[0]
+    load_optimizer_tensors(model, optimizer, {})
+    assert optimizer_tensors(model, optimizer) == {}
+
+
 def test_t05_a_step_without_gradient_signal_shrinks_matrices_and_nothing_else() -> None:
     model = tiny_bitnet()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

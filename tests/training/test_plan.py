@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 
 from builders import tiny_settings
+from encoders import wordpiece
+from ternlm.cli.plan import plan_of
+from ternlm.data.preparation import prepare_data
 from ternlm.errors import SettingsError
 from ternlm.models import build_model
 from ternlm.training.plan import draw_schedule, make_plan
@@ -61,6 +64,20 @@ def test_the_rates_shown_are_those_of_the_schedule_at_its_edges(tmp_path: Path) 
 def test_a_plan_of_the_shortest_runs(tmp_path: Path, steps: int) -> None:
     rates = make_plan(tiny_settings(tmp_path, training={"max_steps": steps})).as_dict()["rates"]
     assert all(0 <= row["step"] < steps for row in rates)
+
+
+def test_an_epoch_of_an_encoder_is_planned_as_long_as_it_is_trained(tmp_path: Path) -> None:
+    wordpiece(tmp_path / "tokenizer")
+    settings = tiny_settings(
+        tmp_path,
+        model={"family": "qdyt", "vocab_size": None},
+        objective={"name": "mlm"},
+        tokenizer={"name": str(tmp_path / "tokenizer")},
+        training={"max_steps": None, "max_epochs": 30},
+    )
+    prepared = prepare_data(settings.data, settings.tokenizer)
+    loader = prepared.corpus.loader(4, settings.windows(prepared.tokenizer), 0)
+    assert plan_of(settings).steps == settings.total_steps(loader.windows_per_epoch)
 
 
 def test_epochs_need_the_size_of_the_data(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from builders import tiny_corpus, tiny_settings
+from builders import tiny_corpus, tiny_settings, tiny_trainer
 from encoders import wordpiece
 from ternlm import checkpoint
 from ternlm.data.preparation import Prepared
@@ -158,3 +158,17 @@ def test_a_checkpoint_is_scored_with_the_rounding_it_was_scored_with_in_training
         stream = data[family].corpus.split("validation")
         result = evaluate(loaded.model, stream, loaded.tokenizer, 16, masking=settings.objective.masking)
         assert result.loss == pytest.approx(logged[step], rel=1e-6), step
+
+
+@pytest.mark.parametrize(("times", "fitted"), [(3, [False, False, True, True]), (6, [False] * 4)])
+def test_a_longer_run_fits_learned_scales_anew_where_it_goes_back_to_integer_weights(
+    data: dict[str, Prepared], tmp_path: Path, times: int, fitted: list[bool]
+) -> None:
+    run, values = RunDirectory(tmp_path / "run"), sections("bitnet")
+    values["quantization"] |= {"quantizer": "ttq"}
+    settings = tiny_settings(tmp_path, **values)
+    launch.start(Resolved(settings.model_dump(mode="json"), {}), run, lambda *_: data["bitnet"], quiet=True)
+    values["training"] |= {"max_steps": times * STEPS}  # stages begin at 12 and 30, or at 24 and 60
+    longer = tiny_trainer(tmp_path / "longer", data["bitnet"], tiny_settings(tmp_path, **values),
+                          checkpoint.folder(run.checkpoints, STEPS))  # fmt: skip
+    assert [bool(block.mlp.down.quantizer.fitted) for block in longer.model.blocks()] == fitted

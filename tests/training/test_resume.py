@@ -185,6 +185,15 @@ def test_nothing_loadable_is_refused_and_not_silently_started_again(tmp_path: Pa
     assert run.scalars.read_bytes() == before
 
 
+@pytest.mark.parametrize("weights", ["int8", "int6", "int4"])
+def test_a_run_with_integer_weights_says_how_many_bits_they_have(
+    tmp_path: Path, prepared: Prepared, weights: str
+) -> None:
+    run = run_in(tmp_path, "r")
+    start(run, prepared, training={"max_steps": 1}, quantization={"weights": weights})
+    assert f" {weights[-1]}-bit)" in run.log.read_text()
+
+
 def test_a_complete_run_stays_as_it_is(tmp_path: Path, prepared: Prepared) -> None:
     run = run_in(tmp_path, "done")
     start(run, prepared, training={"max_steps": 3})

@@ -74,6 +74,30 @@ def test_t11_micro_batches_of_any_size_equal_one_batch_in_loss_and_gradient(mode
         assert torch.allclose(summed[name], gradient, rtol=1e-3, atol=1e-6 * float(gradient.abs().max())), name
 
 
+@pytest.mark.parametrize(("micro", "loss_scale"), [(8, 2.0**16), (3, None), (1, 2.0**16)])
+def test_rows_of_learned_scales_are_clamped_by_the_gradient_of_the_step(micro: int, loss_scale: float | None) -> None:
+    mode, limit, seen = QuantizationMode(quantizer="ttq", lsq_grad_clip=0.002), 0.002, []
+    for size, scale in ((8, None), (micro, loss_scale)):
+        model = tiny_bitnet(mode=mode)
+        stepper, _ = make(model, micro=size)
+        if scale is not None:
+            stepper.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        found: dict[str, torch.Tensor] = {}
+
+        def look(result: StepResult, model: LanguageModel = model, found: dict[str, torch.Tensor] = found) -> bool:
+            parameters = {name: p for name, p in model.named_parameters() if ".quantizer." in name}
+            found |= {name: p.grad / p.detach().sigmoid() for name, p in parameters.items() if p.grad is not None}
+            return False
+
+        stepper(ragged(), look)
+        seen.append(found)
+    magnitudes = torch.cat([g.abs() for g in seen[0].values()])
+    assert bool((magnitudes > 0.999 * limit).any()) and bool((magnitudes < 0.9 * limit).any())
+    assert float(magnitudes.max()) <= 1.001 * limit
+    for name, whole in seen[0].items():
+        torch.testing.assert_close(seen[1][name], whole, rtol=1e-3, atol=1e-6)
+
+
 def test_t11_the_mean_of_micro_batch_means_would_be_another_number() -> None:
     batch, model = ragged(), tiny_bitnet()
     weighted = make(model, Recorder(model), 2)[0](batch).loss

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ternlm.errors import EnvironmentFault, SettingsError
-from ternlm.run_directory import SWEEP, find_run
+from ternlm.run_directory import SWEEP, RunDirectory, find_run, runs_around
 from ternlm.settings.resolve import parse_overrides
 from ternlm.training.settings import setting_names
 from ternlm.training.sweep import SEED, Draw, SweepSettings, Trial, base_arm, expand
@@ -116,6 +116,7 @@ def test_t20_a_factor_multiplies_what_the_recipe_has() -> None:
         ({"grid": {"lr": [1]}, "samples": 3}, "belong together"),
         ({"random": {"lr": {"low": 2, "high": 1}}, "samples": 1}, "low < high"),
         ({"random": {"lr": {"low": 0, "high": 1, "log": True}}, "samples": 1}, "no logarithm"),
+        ({"random": {"lr": {"low": 0.2, "high": 0.8, "whole": True}}, "samples": 1}, "no whole number lies between"),
         ({"random": {"lr": {"low": 0, "high": 1, "choices": [1]}}, "samples": 1}, "not both"),
         ({"seeds": [0, 0]}, "each given once"),
         ({"seeds": [1], "grid": {"seed": [1, 2]}}, "training.seed"),
@@ -175,6 +176,14 @@ def test_sweeps_and_the_runs_inside_are_found_by_name(tmp_path: Path) -> None:
     assert find_run("lr-1/base", tmp_path).path == tmp_path / "lr-1" / "base"
     assert find_run("lr-2/b", tmp_path).path == tmp_path / "lr-2" / "base"
     assert find_run("latest", tmp_path).path.name == "base"
+
+
+def test_a_trial_looks_for_a_teacher_among_the_runs_beside_its_sweep(tmp_path: Path) -> None:
+    (tmp_path / "lr" / "base").mkdir(parents=True)
+    assert runs_around(RunDirectory(tmp_path / "lr" / "base")) == tmp_path / "lr"
+    (tmp_path / "lr" / SWEEP).write_text("{}")
+    assert runs_around(RunDirectory(tmp_path / "lr" / "base")) == tmp_path
+    assert runs_around(RunDirectory(tmp_path / "lr")) == tmp_path
 
 
 @pytest.mark.parametrize("value", [1e-5, "none", None, True, [1, "a"], "quo\"te ' and: é", "1e-3", {"a": 1}, ""])

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 def analyze(
     checkpoint: Checkpoint,
     data: Annotated[
-        str | None, typer.Option(help="Corpus name, file, folder, glob, hf:owner/name. [default: the run's own]")
+        str | None, typer.Option(help="Corpus name, file, folder, glob, hf:owner/name.", show_default="the run's own")
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(help="train, validation, test, or all. [default: all of a local --data, else validation]"),
+        typer.Option(help="train, validation, test, or all.", show_default="all of a local --data, else validation"),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to read.")] = 8192,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 4,

@@ -25,10 +25,10 @@ def calibrate(
     ] = "exact",
     data: Annotated[
         str | None,
-        typer.Option(help="Measure on another corpus, file, folder, glob. [default: the run's training text]"),
+        typer.Option(help="Measure on another corpus, file, folder, glob.", show_default="the run's training text"),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Score whole documents within so many tokens. [default: the run's]")
+        int | None, typer.Option(min=1, help="Score whole documents within so many tokens.", show_default="the run's")
     ] = None,
     device: Device = "auto",
     runs_dir: RunsDir = None,

@@ -14,7 +14,7 @@ PROMPT = '"What a sunny day!"'
 
 
 def demo(
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps. [default: the recipe's]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.", show_default="the recipe's")] = None,
     seed: Annotated[int | None, typer.Option(help="Initial weights and data order.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
     runs_dir: RunsDir = None,

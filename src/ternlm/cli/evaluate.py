@@ -18,16 +18,18 @@ def evaluate(
     checkpoint: Checkpoint,
     data: Annotated[
         str | None,
-        typer.Option(help="Corpus name, file, folder, glob, hf:owner/name. [default: the run's own]"),
+        typer.Option(help="Corpus name, file, folder, glob, hf:owner/name.", show_default="the run's own"),
     ] = None,
     split: Annotated[
         str | None,
-        typer.Option(help="train, validation, test, or all. [default: all of a local --data, else validation]"),
+        typer.Option(help="train, validation, test, or all.", show_default="all of a local --data, else validation"),
     ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Must be the checkpoint's own; default.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens per window. [default: the run's]")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows per forward pass; no effect on the result.")] = 16,
-    max_tokens: Annotated[int | None, typer.Option(help="Score whole documents within so many tokens.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per window.", show_default="the run's")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass; no effect on the result.")] = 16,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Score whole documents within so many tokens.")] = None,
     pll: Annotated[
         int | None, typer.Option(min=1, help="Of an encoder, also mask each token of N documents once; slow.")
     ] = None,
@@ -59,6 +61,11 @@ def evaluate(
         )
     if pll is not None and loaded.model.is_causal:
         raise SettingsError("--pll needs an encoder; the likelihood of a causal model is its loss. Leave --pll out.")
+    if sequence_length is not None and sequence_length > loaded.model.settings.max_position_embeddings:
+        raise SettingsError(
+            f"--sequence-length {sequence_length:,} is longer than the "
+            f"{loaded.model.settings.max_position_embeddings:,} tokens that the model reads. Give that or less."
+        )
     stream = token_stream(loaded, data, split)
     model, known, trained_on = loaded.model, loaded.tokenizer, loaded.config["data"]
     length, masking = sequence_length or trained_on["sequence_length"], masking_of(model, loaded.config)
@@ -85,8 +92,8 @@ def _training_counts(loaded: "Loaded") -> "np.ndarray | None":
     from ternlm.evaluation.evaluate import token_counts
 
     settings = DataSettings.from_mapping(loaded.config["data"], "data")
-    directory = default_directory(settings, loaded.tokenizer)
     try:
+        directory = default_directory(settings, loaded.tokenizer)
         corpus = None if settings.stream or not directory.is_dir() else load_corpus(directory)
         return None if corpus is None else token_counts(corpus.split("train"), loaded.tokenizer.vocab_size)
     except DataError:  # an evaluation does not fail for a number beside it

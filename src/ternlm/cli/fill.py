@@ -17,7 +17,9 @@ def fill(
     text: Annotated[list[str] | None, typer.Argument(help="Text with a [MASK] or several.", show_default=False)] = None,
     file: Annotated[Path | None, typer.Option(help="One text per line.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Candidates per mask.")] = 5,
-    mask_text: Annotated[str | None, typer.Option(help="How the mask is written. [default: [MASK] or <mask>]")] = None,
+    mask_text: Annotated[
+        str | None, typer.Option(help="How the mask is written.", show_default="[MASK], <mask> or <|mask|>")
+    ] = None,
     device: Device = "auto",
     runs_dir: RunsDir = None,
     as_json: Json = False,
@@ -46,9 +48,15 @@ def fill(
 
 def _read_texts(file: Path) -> list[str]:
     try:
-        return [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"file '{file}' cannot be read: {error}. Check the path.") from None
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise SettingsError(f"file '{file}' cannot be read: {error.strerror}. Check the path.") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"file '{file}' is not UTF-8 at byte {error.start:,}. Convert it first.") from None
+    texts = [line for line in lines if line.strip()]
+    if not texts:
+        raise SettingsError(f"file '{file}' holds no text. Write one with a [MASK] in it per line.")
+    return texts
 
 
 def _print_json(results: list["Filled"]) -> None:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from ternlm.settings.resolve import Resolved
     from ternlm.tokenizers import TokenizerSettings
 
-RunsDir = Annotated[str | None, typer.Option("--runs-dir", help="Where runs live. [default: $TERNLM_RUNS_DIR or runs]")]
+RunsDir = Annotated[
+    str | None, typer.Option("--runs-dir", help="Where runs live.", show_default="$TERNLM_RUNS_DIR or runs")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any other setting.", show_default=False)
 ]

@@ -84,7 +84,8 @@ def _with_prepared(settings: "RunSettings") -> tuple["RunSettings", int | None]:
             directory = default_directory(settings.data, tokenizer)
             if (directory / "manifest.json").exists():
                 stream = load_corpus(directory).split("train")
-                windows = windows_per_epoch(len(stream), settings.data.sequence_length)
+                made = settings.windows(tokenizer)
+                windows = windows_per_epoch(len(stream), made.stride, made.overlap)
     model = settings.model.model_copy(update={"vocab_size": size})
     return settings.model_copy(update={"model": model}), windows
 

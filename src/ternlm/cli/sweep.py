@@ -31,7 +31,9 @@ def sweep(
     samples: Annotated[int | None, typer.Option(min=1, help="How many random draws.")] = None,
     draw_seed: Annotated[int | None, typer.Option(min=0, help="Decides the random draws.")] = None,
     metric: Annotated[str | None, typer.Option(help="val/loss, val/bpb or val/accuracy, at the end.")] = None,
-    sweep_id: Annotated[str | None, typer.Option(help="Name of the sweep folder. [default: from the trials]")] = None,
+    sweep_id: Annotated[
+        str | None, typer.Option(help="Name of the sweep folder.", show_default="from the trials")
+    ] = None,
     runs_dir: RunsDir = None,
     resume: Annotated[str | None, typer.Option(metavar="SWEEP", help="Go on with a sweep: path, name, latest.")] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Try failed trials again.")] = False,

@@ -28,7 +28,7 @@ def train(
     epochs: Annotated[str | None, typer.Option(help="Passes over the data; replaces other limits.")] = None,
     seed: Annotated[int | None, typer.Option(help="Initial weights and data order.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")] = None,
-    run_id: Annotated[str | None, typer.Option(help="Name of the run folder. [default: recipe and time]")] = None,
+    run_id: Annotated[str | None, typer.Option(help="Name of the run folder.", show_default="recipe and time")] = None,
     runs_dir: RunsDir = None,
     resume_from: Annotated[str | None, typer.Option(help="Start from this checkpoint of another run.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the plan (as ternlm plan).")] = False,

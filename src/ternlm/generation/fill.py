@@ -164,7 +164,8 @@ def _probabilities(model: LanguageModel, tokenizer: Tokenizer, rows: list[list[i
 
 
 def _filled(tokenizer: Tokenizer, text: str, parts: Sequence[str], probabilities: Tensor, top: int) -> Filled:
-    values, ids = probabilities.topk(min(top, probabilities.shape[1]))
+    speaking = int((tokenizer.token_bytes() > 0).sum())
+    values, ids = probabilities.topk(min(top, speaking))
     masks = [
         [_candidate(tokenizer, index, value) for index, value in zip(*row, strict=True)]
         for row in zip(ids.tolist(), values.tolist(), strict=True)

@@ -169,6 +169,12 @@ class LanguageModel(nn.Module, ABC):
         for quantizer in self._sites():
             quantizer.commit()
 
+    def clamp_row_gradients(self) -> None:
+        """After the last backward pass of a step: bound the gradients of learned scales and thresholds."""
+        for layer in self._layers():
+            if layer.quantizer is not None:
+                layer.quantizer.clamp_gradients()
+
     def activation_scales(self) -> list[Tensor]:
         """Copies of what activation scales have learned so far, for `put_back`."""
         return [buffer.clone() for buffer in self._scales()]

@@ -184,8 +184,7 @@ class QDyTModel(LanguageModel):
             elif isinstance(module, QDyT):
                 module.initialize()
             elif isinstance(module, ActivationQuantizer):
-                for buffer in module.buffers():
-                    buffer.zero_()
+                module.reset()
         self._initialize_scalars()
         for layer, block in enumerate(self.model.layers):
             for site, mixer in block.named_modules():

@@ -178,10 +178,9 @@ class Stages:
         model.set_step(k)
 
     def row(self, k: int) -> dict[str, Any]:
-        """What is logged of update k: the stage, and of each block whether it is ternary (1) or integer (0)."""
+        """What is logged of update k, beside its stage: of each block whether it is ternary (1) or integer (0)."""
         ternary = [self.mode(block, k).weights == "ternary" for block in range(self.num_blocks)]
         row: dict[str, Any] = {
-            "quantization/stage": self.stage(k),
             "quantization/ternary_layers": sum(ternary),
             "quantization/qdrop": self.perturbation(0, k).drop,
             "quantization/rate_factor": self.rate_factor(k),

@@ -108,7 +108,8 @@ class ActivationQuantizer(nn.Module):
 
     def perturb(self, perturbation: Perturbation) -> None:
         """Bypass the quantizer at random in training; the other perturbations are those of weights."""
-        self._drop.fill_(perturbation.drop)
+        if perturbation.drop or self._drops:
+            self._drop.fill_(perturbation.drop)
         self._drops, self._drop_by = perturbation.drop > 0, perturbation.drop_by
 
     def forward(
@@ -145,6 +146,14 @@ class ActivationQuantizer(nn.Module):
             return torch.where(bypassed(self.noise, self._drop, self._drop_by, shape, _PAST), x, rounded), None
         has_grid = self._bits <= 8 and (step.dim() == 0 or step.shape[-1] == 1)
         return rounded, step if has_grid else None
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Forget everything that was observed."""
+        if self.settings.act_scale != "absmax_token":
+            for buffer in (self.rho, self.observed, self.frozen):
+                buffer.zero_()
+            self._next.fill_(torch.nan)  # or `commit` would take it for an observation of a site that is off
 
     @torch.no_grad()
     def commit(self) -> None:

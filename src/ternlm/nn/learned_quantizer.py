@@ -78,8 +78,20 @@ class LearnedQuantizer(nn.Module):
         around: Tensor | None = None,
     ) -> Tensor:
         """The latent weights as the target of gradients (`gradient_port`)."""
-        quantizer = RowQuantizer(codes, scale, threshold, self._clips, self._grad_clip)
+        quantizer = RowQuantizer(codes, scale, threshold, self._clips)
         return gradient_port(weight, self.raw_scale, self.raw_threshold, quantizer, share, around)
+
+    @torch.no_grad()
+    def clamp_gradients(self) -> None:
+        """Clamp each row's dL/ds and dL/ddelta, before the slope of softplus, to +-lsq_grad_clip.
+
+        That is for the gradient of a whole step: of a part of it, or multiplied by a loss scale, other rows would be
+        clamped.
+        """
+        for raw in (self.raw_scale, self.raw_threshold):
+            if raw is not None and raw.grad is not None:
+                limit = self._grad_clip * raw.sigmoid()
+                raw.grad.clamp_(-limit, limit)
 
     def extra_repr(self) -> str:
         return f"rows={self.raw_scale.numel()}, {'lsq' if self.raw_threshold is None else 'ttq'}"

@@ -68,14 +68,12 @@ class RowQuantizer(NamedTuple):
         scale: s, (rows, 1), float32.
         threshold: delta, (rows, 1), for ``ttq``; None for ``lsq``.
         clips: dL/dw is zero where |w| > s (``ste: clip``).
-        grad_clip: Bound on each row's dL/ds and dL/ddelta.
     """
 
     codes: Tensor
     scale: Tensor
     threshold: Tensor | None
     clips: bool = False
-    grad_clip: float = 1.0
 
 
 def gradient_port(
@@ -95,8 +93,8 @@ def gradient_port(
                    = c sum_j g (q - w / s where |w| <= s, else q)                             (lsq)
         dL/ddelta  = c sum_j g (-s sign(w)) [| |w| - delta | < delta / 2] / delta             (ttq)
 
-    The two row gradients are clamped to +-grad_clip and then multiplied by the slope of softplus. The box of width
-    delta around the threshold stands in for the derivative of the step there.
+    The two row gradients are multiplied by the slope of softplus. The box of width delta around the threshold stands
+    in for the derivative of the step there.
 
     Args:
         weight: (rows, columns), float32.
@@ -118,7 +116,6 @@ def gradient_port(
         share,
         around,
         quantizer.clips,
-        quantizer.grad_clip,
     )
     return port
 
@@ -136,10 +133,9 @@ class _GradientPort(torch.autograd.Function):
         share: Tensor | None,
         around: Tensor | None,
         clips: bool,
-        grad_clip: float,
     ) -> Tensor:
         ctx.save_for_backward(weight, raw_scale, raw_threshold, codes, scale, threshold, share, around)
-        ctx.clips, ctx.grad_clip = clips, grad_clip
+        ctx.clips = clips
         return weight.view_as(weight)
 
     @staticmethod
@@ -171,11 +167,10 @@ class _GradientPort(torch.autograd.Function):
                 grad_weight[block] = through if around is None else through + grad[block] * around[block]
 
         def parameter(parts: list[Tensor], raw: Tensor) -> Tensor:
-            per_row = torch.cat(parts) / math.sqrt(weight.shape[1])
-            return per_row.clamp(-ctx.grad_clip, ctx.grad_clip) * raw.sigmoid()
+            return torch.cat(parts) / math.sqrt(weight.shape[1]) * raw.sigmoid()
 
         grad_raw_threshold = None if threshold is None else parameter(grad_threshold, raw_threshold)
-        return grad_weight, parameter(grad_scale, raw_scale), grad_raw_threshold, *(None,) * 7
+        return grad_weight, parameter(grad_scale, raw_scale), grad_raw_threshold, *(None,) * 6
 
 
 def scaled_gradient(weight: Tensor, factor: Tensor) -> Tensor:

@@ -7,6 +7,12 @@ import torch
 
 from ternlm.models import LanguageModel
 
+MOST_GRAPHS = 256
+"""Graphs that blocks may have in all: each rounding, perturbation, kind of block, and training or not has its own.
+
+Past torch's own limit of 8 a block that must be one graph ends the run, in the middle of it.
+"""
+
 
 def compile_blocks(model: LanguageModel, try_out: Callable[[], None], say: Callable[[str], None]) -> bool:
     """Compile each block in place, run `try_out` once, and fall back to eager if that fails.
@@ -18,6 +24,7 @@ def compile_blocks(model: LanguageModel, try_out: Callable[[], None], say: Calla
     """
     say("compiling ...")
     started = time.perf_counter()
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_GRAPHS)
     for block in model.blocks():
         block.compile(fullgraph=True)
     try:

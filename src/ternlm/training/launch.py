@@ -15,7 +15,7 @@ from ternlm.device import choose_device, set_up
 from ternlm.errors import CheckpointError, SettingsError, TokenizerError
 from ternlm.files import replace_durably, to_json
 from ternlm.models import build_model
-from ternlm.run_directory import RunDirectory
+from ternlm.run_directory import RunDirectory, runs_around
 from ternlm.settings.resolve import Layer, Resolved, read_mapping, resolve
 from ternlm.training import provenance, roll_back
 from ternlm.training.distillation import require_same_teacher, require_teacher
@@ -203,7 +203,7 @@ def _with_teacher(settings: RunSettings, prepared: Prepared, run: RunDirectory) 
     if section.teacher is None:
         return settings
     length = settings.data.sequence_length
-    path = require_teacher(section, settings.model, length, prepared.tokenizer, run.path.parent)
+    path = require_teacher(section, settings.model, length, prepared.tokenizer, runs_around(run))
     update = {"distillation": section.model_copy(update={"teacher": str(path.resolve())})}
     return settings.model_copy(update=update)
 
@@ -261,7 +261,9 @@ def _say_complete(trainer: Trainer) -> None:
 
 def _say_start(trainer: Trainer, first: Opened | None) -> None:
     settings, counts = trainer.settings, trainer.model.parameter_counts()
-    kind = {"ternary": "ternary", "int8": "8-bit", "none": "full-precision"}[settings.quantization.weights]
+    quantization = settings.quantization
+    kinds = {"ternary": "ternary", "none": "full-precision"}
+    kind = kinds.get(quantization.weights, f"{quantization.weight_bits}-bit")
     say = trainer.recorder.say
     if first is not None:
         say(f"continuing from {first.path} (step {trainer.progress.step})")

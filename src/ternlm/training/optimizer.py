@@ -106,7 +106,7 @@ def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) ->
 def load_optimizer_tensors(
     model: LanguageModel, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
 ) -> None:
-    """Put back what `optimizer_tensors` gave; nothing is what an optimizer gives that has never stepped.
+    """Put back what `optimizer_tensors` gave, in place of all state; an optimizer that has never stepped gives nothing.
 
     Learned scales of quantizers have no state either as long as their layers are not ternary.
 
@@ -114,9 +114,11 @@ def load_optimizer_tensors(
         CheckpointError: A tensor is missing or has another shape.
     """
     if not tensors:
+        optimizer.state.clear()
         return
     for name, parameter in model.named_parameters():
         if ".quantizer." in name and f"{name}.step" not in tensors:
+            optimizer.state.pop(parameter, None)
             continue
         state: dict[str, Tensor] = {}
         for quantity in ("step", "exp_avg", "exp_avg_sq"):

@@ -30,7 +30,8 @@ class TrainingSettings(Settings):
         max_time: Stop and save after this long, e.g. ``2h30m``; the schedule does not move.
         batch_size: Sequences per optimizer step.
         micro_batch_size: Sequences per forward pass; ``auto`` starts with the whole batch and halves
-            when memory runs out. The mathematics does not depend on it.
+            when memory runs out. The mathematics does not depend on it, except that an encoder's activation scales
+            and noise follow micro-batches.
         gradient_accumulation_steps: The same, given as a number of micro-batches.
         grad_clip: Largest gradient norm; 0 switches clipping off.
         precision: ``fp32``, ``bf16``, ``fp16`` (with a loss scaler) or ``auto``. Latent weights are

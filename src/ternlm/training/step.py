@@ -104,6 +104,7 @@ class Stepper:
         nll, taught = self._backward_within_memory(batch, k, observed)
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
+        self.model.clamp_row_gradients()
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
         result = StepResult(
             (nll / batch.num_targets).item(), norm.item(), batch.num_targets,

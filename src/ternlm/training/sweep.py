@@ -65,6 +65,8 @@ class Draw(Settings):
             raise ValueError("give low and high with low < high, or choices")
         elif self.log and not self.low > 0:
             raise ValueError(f"low={self.low:g} has no logarithm; log: true needs bounds above 0")
+        elif self.whole and math.ceil(self.low) > math.floor(self.high):
+            raise ValueError(f"no whole number lies between low={self.low:g} and high={self.high:g}; widen them")
         return self
 
     def value(self, stream: random.Random) -> Any:

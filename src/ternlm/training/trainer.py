@@ -30,7 +30,7 @@ from ternlm.evaluation.samples import sample_modes
 from ternlm.evaluation.ternary import TernaryStatistics
 from ternlm.models import LanguageModel, build_model
 from ternlm.models.prediction import predict
-from ternlm.run_directory import RunDirectory
+from ternlm.run_directory import RunDirectory, runs_around
 from ternlm.tokenizers import Tokenizer
 from ternlm.tracking.console import short_duration
 from ternlm.training import evidence, roll_back
@@ -95,7 +95,7 @@ class Trainer:
         self.interruption = Interruption()
         self.status = status or StatusFile(run, self._say)
         self.distillation = build_distillation(
-            settings.distillation, self.model, settings.data.sequence_length, tokenizer, run.path.parent,
+            settings.distillation, self.model, settings.data.sequence_length, tokenizer, runs_around(run),
             self.total_steps,
         )  # fmt: skip
         self.stepper = Stepper(
@@ -195,6 +195,8 @@ class Trainer:
         k = self.progress.step
         set_rates(self.optimizer, self.schedule.learning_rate(k), self.schedule.weight_decay(k))
         self.stages.apply(self.model, k)
+        if k in self.stages.boundaries():
+            self.progress.best_loss = None  # the best of integer weights is not the best ternary model
         result = self.stepper(batch, judge, k)
         self.progress.step += 1
         self.progress.samples += self.settings.training.batch_size
@@ -346,6 +348,8 @@ class Trainer:
     def _restore(self, opened: Opened) -> None:
         """Take over weights, optimizer, position and the detector's memory from a checkpoint."""
         progress = Progress.from_state(opened.state, opened.path)
+        # As built, so that integer weights of this step, if any, make learned scales that are loaded stale.
+        self.model.set_mode(self.settings.quantization.base())
         checkpoint.load_tensors(self.model, opened.model, opened.path)
         load_optimizer_tensors(self.model, self.optimizer, opened.optimizer)
         self.stages.apply(self.model, progress.step - 1)
