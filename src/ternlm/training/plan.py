@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ternlm.models import LanguageModel, build_model
+from ternlm.nn.linear import BitLinear
 from ternlm.ops.packing import BLOCK
 from ternlm.run_directory import runs_root
 from ternlm.training.distillation import teacher_bytes
@@ -151,7 +152,7 @@ def activation_bytes(model: LanguageModel, settings: RunSettings, rows: int) -> 
     Inputs of the linear layers (int8 when quantized, else the compute type), twice their outputs, and logits of the
     positions that are scored, also those of a teacher. Each layer keeps its input; the outputs are kept by what
     consumes them (attention, gate, norms), about twice over with the norms' own copies. Layers whose quantizers are
-    perturbed keep their rounded weights as well, and attention with dropout its scores where it is not fused.
+    perturbed keep their weights as well, latent and rounded, and attention with dropout its scores where it is not fused.
     """
     training, length = settings.training, settings.data.sequence_length
     tokens = rows * length
@@ -167,8 +168,9 @@ def activation_bytes(model: LanguageModel, settings: RunSettings, rows: int) -> 
     masking = settings.objective.masking
     scored = tokens if masking is None else math.ceil(masking.mask_fraction * tokens)
     logits = (wide + 4 + 4 + wide * (settings.distillation.teacher is not None)) * (settings.model.vocab_size or 0)
-    weights = sum(layer.weight.numel() for layer in layers) if settings.quantization.perturbs else 0
-    return tokens * per_token + rows * per_row + scored * logits + weights * (4 + wide)
+    rounded = (m.weight.numel() for m in model.modules() if isinstance(m, BitLinear))  # a head as well
+    weights = sum(rounded) if settings.quantization.perturbs else 0
+    return tokens * per_token + rows * per_row + scored * logits + weights * (4 + 2 * wide)
 
 
 def _is_on_cpu(device: str) -> bool:
