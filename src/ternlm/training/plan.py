@@ -152,7 +152,8 @@ def activation_bytes(model: LanguageModel, settings: RunSettings, rows: int) -> 
     Inputs of the linear layers (int8 when quantized, else the compute type), twice their outputs, and logits of the
     positions that are scored, also those of a teacher. Each layer keeps its input; the outputs are kept by what
     consumes them (attention, gate, norms), about twice over with the norms' own copies. Layers whose quantizers are
-    perturbed keep their weights as well, latent and rounded, and attention with dropout its scores where it is not fused.
+    perturbed keep their weights as well, latent and rounded, and attention with dropout its scores where it is not
+    fused.
     """
     training, length = settings.training, settings.data.sequence_length
     tokens = rows * length
