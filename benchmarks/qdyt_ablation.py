@@ -5,9 +5,9 @@
 Trained on: the articles of a WikiText file and the novels of a folder. Held out: the articles of another WikiText file.
 
 Trains the arms of `qdyt_ablation.yaml` with `ternlm sweep` (again and again the same command goes on where it was
-stopped), then scores the last checkpoint of every arm that is finished on all of the held-out text, on the same hidden
-tokens. Differences to the arm `base` are paired: their standard error is that of the difference token by token, so it
-says how surely the two models differ on this text, not how two training seeds would.
+stopped), then scores the last checkpoint of every arm that is finished on the first articles of the held-out text, on
+the same hidden tokens. Differences to the arm `base` are paired: their standard error is that of the difference token
+by token, so it says how surely the two models differ on this text, not how two training seeds would.
 
 Writes benchmarks/results/qdyt_ablation-DATE.json.
 """
@@ -42,6 +42,7 @@ from ternlm.tokenizers import TokenizerSettings
 from ternlm.training.settings import RunSettings
 
 HERE = Path(__file__).parent
+MOST_TOKENS = 100_000
 
 
 def main() -> None:
@@ -97,9 +98,9 @@ def score(sweep: Path) -> dict[str, Any]:
                               TokenizerSettings(name=str(loaded.path))).corpus  # fmt: skip
         stream, length = corpus.split("validation"), loaded.config["data"]["sequence_length"]
         with torch.no_grad(), untouched(loaded.model):
-            batches = held_out_batches(loaded.model, stream, loaded.tokenizer, length, 16, len(stream), masking)
+            batches = held_out_batches(loaded.model, stream, loaded.tokenizer, length, 16, MOST_TOKENS, masking)
             losses = target_losses(loaded.model, batches, lambda: None)
-        found = evaluate(loaded.model, stream, loaded.tokenizer, length, 16, masking=masking)
+        found = evaluate(loaded.model, stream, loaded.tokenizer, length, 16, MOST_TOKENS, masking=masking)
         base = losses if base is None else base
         change = losses - base
         rows = read_jsonl(run.scalars)
@@ -120,7 +121,7 @@ def score(sweep: Path) -> dict[str, Any]:
                 "targets": found.n_targets, "held_out_bytes": stream.bytes, "mask_id": found.mask_id,
                 "train_tokens_in_corpus": len(corpus.split("train")), "tokens_trained_on": rows[-1]["tokens_seen"],
                 "steps": rows[-1]["step"], "ternary_parameters": loaded.model.parameter_counts().ternary,
-                "baselines": masked_baselines(stream, counts, loaded.tokenizer, length, masking),
+                "baselines": masked_baselines(stream, counts, loaded.tokenizer, length, masking, MOST_TOKENS),
                 "boundaries": boundaries(run, stream, masking),
             }  # fmt: skip
         print(f"{trial['arm']}: {found.loss:.4f} nats, {found.accuracy:.2%}", flush=True)
@@ -141,7 +142,9 @@ def boundaries(run: RunDirectory, stream: TokenStream, masking: MaskingSettings)
         for name, update in (("before", step - 1), ("after", step)):
             stages.apply(loaded.model, update)
             length = settings.data.sequence_length
-            losses[name] = evaluate(loaded.model, stream, loaded.tokenizer, length, 16, 100_000, masking=masking).loss
+            losses[name] = evaluate(
+                loaded.model, stream, loaded.tokenizer, length, 16, MOST_TOKENS // 4, masking=masking
+            ).loss
         found.append({"step": step, **losses, "jump": losses["after"] - losses["before"]})
     return found
 
