@@ -125,6 +125,9 @@ def main() -> None:
         return
     RESULTS.mkdir(exist_ok=True)
     file = RESULTS / f"qdyt_step-{datetime.now(UTC):%Y-%m-%d}.json"
+    new = {(result["model"], result["mode"]) for result in results}
+    earlier = json.loads(file.read_text())["results"] if file.exists() else []  # other cases of the same day stay
+    results = [result for result in earlier if (result["model"], result["mode"]) not in new] + results
     file.write_text(json.dumps({"machine": machine(arguments.threads), "results": results}, indent=1) + "\n")
     print(f"written to {file}")
 
