@@ -19,7 +19,6 @@ Writes benchmarks/results/qdyt_step-DATE.json.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from datetime import UTC, datetime
@@ -28,6 +27,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from training_step import machine
 
 from ternlm.device import keep_freed_memory
 from ternlm.models import FULL_PRECISION, LanguageModel, QuantizationMode, build_model, model_settings
@@ -167,16 +167,6 @@ def line(result: dict[str, Any]) -> str:
     text = f"{result['model']:>5} {result['mode']:9} ternary/twin: time {result['time_ratio']:.3f} "
     text += f"({low:.3f} to {high:.3f}), learned {result['learned_time_ratio']:.3f}; "
     return text + f"mixers {result['mixer_share']:.1%} of the ternary step"
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """What it ran on."""
-    model = next((row.split(":")[1].strip() for row in Path("/proc/cpuinfo").read_text().splitlines()
-                  if row.startswith("model name")), platform.processor())  # fmt: skip
-    return {
-        "date": f"{datetime.now(UTC):%Y-%m-%d}", "cpu": model, "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": threads, "torch": torch.__version__, "python": platform.python_version(),
-    }  # fmt: skip
 
 
 def _arguments() -> argparse.Namespace:

@@ -1,6 +1,8 @@
 """What the tests of masked language models share: a small WordPiece tokenizer, and models that read both sides."""
 
 import string
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -55,3 +57,15 @@ class TableEncoder(nn.Module):
 def table(size: int = len(PIECES), seed: int = 0) -> Tensor:
     """Seeded logits, (size, size)."""
     return 2 * torch.randn(size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def printed_under_two_hash_seeds(code: str, *arguments: str) -> set[str]:
+    """What a program prints in two processes whose hashes of strings differ."""
+    printed = set()
+    for hash_seed in ("1", "2"):
+        environment = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        printed.add(done.stdout)
+    return printed

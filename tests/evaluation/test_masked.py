@@ -1,8 +1,6 @@
 """The masked loss of encoders on a corpus small enough to be scored by hand, and the numbers beside it."""
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import pytest
 import torch
 
 from builders import TRAIN, VALIDATION, tiny_bitnet, tiny_corpus
-from encoders import MASK, PIECES, SPECIAL, UNK, TableEncoder, table, wordpiece
+from encoders import MASK, PIECES, SPECIAL, UNK, TableEncoder, printed_under_two_hash_seeds, table, wordpiece
 from ternlm.data.batch import IGNORED
 from ternlm.data.masking import MaskingSettings
 from ternlm.data.preparation import Prepared
@@ -138,14 +136,7 @@ def test_m16_masks_are_equal_in_two_processes(tmp_path: Path) -> None:
         "r = t.evaluate(t.TableEncoder(t.table()), p.corpus.split('validation'), p.tokenizer, 16, masking=t.MASKING)\n"
         "print(r.mask_id, r.loss, r.eval_id)\n"
     )
-    printed = set()
-    for hash_seed in ("1", "2"):
-        arguments = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)]
-        environment = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": ":".join(sys.path), "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(arguments, capture_output=True, text=True, check=False, env=environment)
-        assert done.returncode == 0, done.stderr
-        printed.add(done.stdout)
-    assert len(printed) == 1
+    assert len(printed_under_two_hash_seeds(code, str(Path(__file__).parent), str(tmp_path))) == 1
 
 
 def test_an_encoder_without_masking_and_a_causal_model_with_it_are_mistakes_of_the_caller(score: Score) -> None:
