@@ -209,3 +209,22 @@ def test_an_optimizer_that_never_stepped_has_no_state_and_takes_none_back() -> N
 def test_values_outside_their_range_are_refused(values: dict[str, object]) -> None:
     with pytest.raises(SettingsError):
         OptimizerSettings.from_mapping(values, "optimizer")
+
+
+def test_n16_parameters_may_learn_at_a_rate_of_their_own_within_their_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_bitnet()
+    slow = "model.layers.1.mlp.down.weight"
+    factors = {slow: 0.5, "model.layers.1.input_layernorm.weight": 2.0}
+    monkeypatch.setattr(model, "rate_factors", lambda: factors)
+    optimizer = build_optimizer(model, OptimizerSettings(other_lr_ratio=0.1))
+    set_rates(optimizer, 1e-2, 0.3)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    assert rates.pop(slow) == pytest.approx((5e-3, 0.3))
+    assert rates.pop("model.layers.1.input_layernorm.weight") == pytest.approx((2e-3, 0.0))
+    assert rates["model.layers.0.mlp.down.weight"] == pytest.approx((1e-2, 0.3))
+    assert rates["model.layers.0.input_layernorm.weight"] == pytest.approx((1e-3, 0.0))
+    assert [g["name"] for g in optimizer.param_groups] == [
+        "matrices", "matrices x0.5", "embeddings", "rest", "rest x2",
+    ]  # fmt: skip
+    assert len(rates) + 2 == len(names)

@@ -341,3 +341,19 @@ def test_t08_latent_weights_stay_float32_and_move_under_bfloat16_activations() -
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
     assert all(value.dtype == torch.float32 for s in stepper.optimizer.state.values() for value in s.values())
     assert 1e-6 < float((gain.detach() - 1).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("micro", [1, 3, 100])
+def test_what_a_model_says_about_its_passes_is_averaged_over_targets(
+    micro: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batch = tiny_bitnet(), ragged()
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda tokens: forward(tokens)._replace(telemetry={"mean": tokens.float().mean()})
+    )
+    stepper, _ = make(model, micro=micro)
+    counts = (batch.targets != -100).sum(dim=1)
+    parts = zip(batch.tokens.float().split(micro), counts.split(micro), strict=True)
+    expected = sum(float(tokens.mean() * targets.sum()) for tokens, targets in parts) / float(counts.sum())
+    assert stepper(batch).telemetry == {"mean": pytest.approx(expected)}

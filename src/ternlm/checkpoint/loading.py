@@ -63,7 +63,7 @@ def load(path: Path, device: torch.device | str = "cpu", mode: QuantizationMode 
         if settings.vocab_size is None:
             raise ValueError("model.vocab_size is not set")
         quantization = QuantizationSettings.from_mapping(config["quantization"], "quantization")
-        stages = Stages(quantization, settings.num_blocks, int(state.get("total_steps", 0)))
+        stages = Stages(quantization, settings.total_blocks, int(state.get("total_steps", 0)))
         last_update = int(state["step"]) - 1
         dtype = choose_dtype(config["training"]["precision"], torch.device(device))
     except (LookupError, TypeError, ValueError, AttributeError, SettingsError) as error:

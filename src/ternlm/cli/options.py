@@ -1,6 +1,6 @@
 """What several verbs share: options, and the way from recipe, files and flags to settings."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ternlm.data.corpus import TokenStream
     from ternlm.data.preparation import Prepared
     from ternlm.data.settings import DataSettings
-    from ternlm.settings.resolve import Resolved
+    from ternlm.settings.resolve import Layer, Resolved
     from ternlm.tokenizers import TokenizerSettings
 
 RunsDir = Annotated[
@@ -49,24 +49,26 @@ def flag_values(flags: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def resolve_recipe(recipe: str | None, flags: Mapping[str, Any], assignments: list[str] | None) -> "Resolved":
-    """Recipe, environment, flags and assignments, merged in this order.
+def resolve_recipe(
+    recipe: str | None, flags: Mapping[str, Any], assignments: list[str] | None, below: Sequence["Layer"] = ()
+) -> "Resolved":
+    """Recipe, environment, flags and assignments, merged in this order, on top of what lies `below`.
 
     Raises:
         SettingsError: The recipe or a setting is unknown.
     """
     from ternlm.recipes import load_recipe
-    from ternlm.settings.resolve import Layer, environment_overrides, parse_overrides, resolve
-    from ternlm.training.settings import setting_names
+    from ternlm.settings.resolve import Layer, environment_overrides, parse_overrides
+    from ternlm.training.settings import resolve_settings
 
-    layers = []
+    layers = list(below)
     if recipe is not None:
         loaded = load_recipe(recipe)
         layers.append(Layer(loaded.origin, loaded.values))
     layers.append(Layer("environment", environment_overrides()))
     layers.append(Layer("command line", flag_values(flags)))
     layers.append(Layer("command line", parse_overrides(assignments or [])))
-    return resolve(layers, setting_names())
+    return resolve_settings(layers)
 
 
 def split_recipe(words: list[str] | None) -> tuple[str | None, list[str]]:

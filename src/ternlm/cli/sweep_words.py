@@ -120,12 +120,12 @@ def sweep_id(record: "SweepRecord") -> str:
 def resolve_trial(recipe: str, shared: Mapping[str, Any], trial: "Trial | None") -> "Resolved":
     """The settings of a trial as `ternlm train` will have them; of None, what all trials share."""
     from ternlm.recipes import load_recipe
-    from ternlm.settings.resolve import Layer, resolve
-    from ternlm.training.settings import setting_names
+    from ternlm.settings.resolve import Layer
+    from ternlm.training.settings import resolve_settings
 
     loaded = load_recipe(recipe)
     own = trial.overrides() if trial is not None else {}
-    return resolve([Layer(loaded.origin, loaded.values), Layer("sweep", {**shared, **own})], setting_names())
+    return resolve_settings([Layer(loaded.origin, loaded.values), Layer("sweep", {**shared, **own})])
 
 
 def validated(record: "SweepRecord") -> "dict[str, RunSettings]":

@@ -128,13 +128,8 @@ def _on_top_of_checkpoint(
     source: Path, recipe: str | None, flags: Mapping[str, object], assignments: list[str]
 ) -> "Resolved":
     """The checkpoint's own settings, then recipe, flags and assignments; its tokenizer unless another is named."""
-    from ternlm.settings.resolve import Layer, Resolved, read_mapping, resolve
-    from ternlm.training.settings import setting_names
+    from ternlm.settings.resolve import Layer, read_mapping
 
     saved = Layer(f"checkpoint {source}", read_mapping(source / "config.json"))
-    base = resolve([saved, Layer(saved.origin, {"tokenizer.name": str(source)})], setting_names())
-    above = resolve_recipe(recipe, flags, assignments)
-    values = {section: dict(fields) for section, fields in base.values.items()}
-    for section, fields in above.values.items():
-        values.setdefault(section, {}).update(fields)
-    return Resolved(values, base.origins | above.origins)
+    tokenizer = Layer(saved.origin, {"tokenizer.name": str(source)})
+    return resolve_recipe(recipe, flags, assignments, [saved, tokenizer])

@@ -1,7 +1,8 @@
 """What every model family promises, so that training, evaluation and generation need not know which one it is."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ class ModelSettings(Settings):
     max_position_embeddings: Count = 1024
 
     @property
-    def num_blocks(self) -> int:
+    def total_blocks(self) -> int:
         """How many blocks the model has."""
         return int(self.num_hidden_layers)  # type: ignore[attr-defined]
 
@@ -51,11 +52,13 @@ class Output(NamedTuple):
             each position; (scored positions, vocab_size) where only those were asked for.
         state: The memory after these tokens when one was given, else None.
         auxiliary: Named extra losses, each a scalar, already weighted; empty for most families.
+        telemetry: Named quantities of the pass worth a place in the log, each a scalar without gradient.
     """
 
     logits: Tensor
     state: Any
     auxiliary: dict[str, Tensor]
+    telemetry: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class ParameterCounts(NamedTuple):
@@ -83,11 +86,13 @@ class LanguageModel(nn.Module, ABC):
 
     Attributes:
         is_causal: Whether it predicts the next token; an encoder predicts masked ones and has no memory.
+        is_recurrent: Whether its memory has a fixed size, so that a text may be as long as one likes.
         settings: The family's settings, with `vocab_size` filled in.
         compute_dtype: Type of activations; parameters stay float32.
     """
 
     is_causal: ClassVar[bool] = True
+    is_recurrent: ClassVar[bool] = False
     settings: ModelSettings
     compute_dtype: torch.dtype = torch.float32
 
@@ -152,6 +157,14 @@ class LanguageModel(nn.Module, ABC):
                 if isinstance(module, (BitLinear, ActivationQuantizer)):
                     module.perturb(perturbation)
 
+    def is_embedding(self, name: str, parameter: Tensor) -> bool:
+        """Whether a parameter outside of ternary layers belongs to an embedding or a head."""
+        return parameter.dim() == 2 and ("embed" in name or "head" in name)
+
+    def rate_factors(self) -> dict[str, float]:
+        """Parameters, by name, that learn at another rate than the rest, as a factor of it."""
+        return {}
+
     def set_step(self, k: int) -> None:
         """Take over what follows from the number of the update alone, such as the ramp of a norm."""
 
@@ -213,10 +226,11 @@ class LanguageModel(nn.Module, ABC):
 
     def parameter_counts(self) -> ParameterCounts:
         """Parameters in BitLinear layers, in embeddings and heads, and elsewhere."""
-        ternary = sum(layer.weight.numel() for layer in self.bit_linears().values())
-        matrices = {id(p): p.numel() for p in self.parameters() if p.dim() == 2}
-        total = sum(p.numel() for p in self.parameters())
-        embedding = sum(matrices.values()) - ternary
+        layers = [layer.weight for layer in self.bit_linears().values()]
+        inside = {id(weight) for weight in layers}
+        ternary, total = sum(weight.numel() for weight in layers), sum(p.numel() for p in self.parameters())
+        outside = ((name, p) for name, p in self.named_parameters() if id(p) not in inside)
+        embedding = sum(p.numel() for name, p in outside if self.is_embedding(name, p))
         return ParameterCounts(ternary, embedding, total - ternary - embedding)
 
     def _scales(self) -> list[Tensor]:

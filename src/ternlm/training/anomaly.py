@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ternlm.training.anomaly_books import Action, Bookkeeping, Event, Level, Severity, Verdict
+from ternlm.training.anomaly_chunks import complaints, rates_of, remember
 from ternlm.training.anomaly_settings import AnomalySettings
 
 __all__ = ["Detector", "Event", "Verdict"]
@@ -43,14 +44,22 @@ class Detector:
         settings: Thresholds and decisions.
         vocab_size: Decides what entropy is too low.
         boundaries: Updates that begin a new stage: the statistics start afresh there.
+        chunk_targets: Bytes per chunk that each stage of a hierarchical model aims at.
 
     Attributes:
         roll_backs: Steps at which the run went back. Survives a roll-back, as `dumps` does.
         dumps: Folders of evidence asked for so far.
     """
 
-    def __init__(self, settings: AnomalySettings, vocab_size: int, boundaries: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        settings: AnomalySettings,
+        vocab_size: int,
+        boundaries: Iterable[int] = (),
+        chunk_targets: Sequence[float] = (),
+    ) -> None:
         self.settings, self.boundaries = settings, tuple(boundaries)
+        self._chunk_targets = {f"stage{number}": target for number, target in enumerate(chunk_targets)}
         is_bytes = vocab_size <= _BYTE_VOCABULARY
         self.entropy_limit = 0.06 * math.log(256) if is_bytes else 0.1 * math.log(vocab_size)
         self.roll_backs: list[int] = []
@@ -175,6 +184,34 @@ class Detector:
             events += self._report(event, step, message, "stop" if is_dead else "warn", values)
         return events
 
+    def judge_chunks(self, step: int, telemetry: Mapping[str, float]) -> list[Event]:
+        """Look at the routers of a hierarchical model, as `complaints` has the rules.
+
+        A stage is reported once until it has recovered.
+
+        Args:
+            step: Completed steps.
+            telemetry: What the model said about its passes, with `hnet/<stage>/boundary_rate`.
+        """
+        rates, books = rates_of(telemetry), self._books
+        remember(books.boundary_rates, rates)
+        is_settled = step >= books.quiet_until + self.settings.grace_steps
+        wrong: dict[str, dict[str, str]] = {}
+        for stage in rates:
+            found = complaints(books.boundary_rates[stage], self._chunk_targets.get(stage), is_settled)
+            for event, sentence in found.items():
+                if event != "router_start" or step == 1:
+                    wrong.setdefault(event, {})[stage] = sentence
+        events: list[Event] = []
+        for event in sorted({*wrong, *(name for name in books.reported if name.startswith("router_"))}):
+            stages, known = wrong.get(event, {}), books.reported.get(event, [])
+            books.reported[event] = sorted(stages)
+            new = sorted(stages.keys() - set(known))
+            if new:
+                message = "; ".join(f"{stage}: {stages[stage]}" for stage in new) + "."
+                events += self._report(event, step, message, "warn", {stage: rates[stage] for stage in new})
+        return events
+
     def judge_throughput(self, step: int, tokens_per_sec: float, seconds_since_last: float) -> list[Event]:
         """Look at the speed: `slow`.
 
@@ -240,8 +277,11 @@ class Detector:
         if any(self._books.step < boundary <= step for boundary in self.boundaries):
             before, quiet_until = self._books, step + self.settings.grace_steps
             self._books = Bookkeeping(
-                quiet_until=quiet_until, in_a_row=before.in_a_row, non_finite=before.non_finite
-            )  # a stage may move the loss, but not make it non-finite
+                quiet_until=quiet_until,
+                in_a_row=before.in_a_row,
+                non_finite=before.non_finite,
+                boundary_rates=before.boundary_rates,
+            )  # fmt: skip (a stage may move the loss, but not make it non-finite, nor move a router)
         self._books.step = step
         return self._books
 

@@ -109,7 +109,8 @@ class Bookkeeping:
         reference: Median of the loss before it rose.
         flip_rates: Recent flip rates by matrix.
         frozen_since: Matrices without a flip, and since when.
-        reported: Matrices for which an event has been raised already, by event.
+        reported: Matrices, or stages, for which an event has been raised already, by event.
+        boundary_rates: Recent shares of positions where a hierarchical model cuts, by stage.
     """
 
     step: int = -1
@@ -123,6 +124,7 @@ class Bookkeeping:
     flip_rates: dict[str, list[float]] = field(default_factory=dict)
     frozen_since: dict[str, int] = field(default_factory=dict)
     reported: dict[str, list[str]] = field(default_factory=dict)
+    boundary_rates: dict[str, list[float]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values only, all finite."""

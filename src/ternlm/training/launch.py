@@ -16,11 +16,11 @@ from ternlm.errors import CheckpointError, SettingsError, TokenizerError
 from ternlm.files import replace_durably, to_json
 from ternlm.models import build_model
 from ternlm.run_directory import RunDirectory, runs_around
-from ternlm.settings.resolve import Layer, Resolved, read_mapping, resolve
+from ternlm.settings.resolve import Layer, Resolved, read_mapping
 from ternlm.training import provenance, roll_back
 from ternlm.training.distillation import require_same_teacher, require_teacher
 from ternlm.training.progress import Progress
-from ternlm.training.settings import RunSettings, setting_names
+from ternlm.training.settings import RunSettings, resolve_settings, setting_names
 from ternlm.training.sitting import sitting
 from ternlm.training.status import StatusFile
 from ternlm.training.trainer import Trainer
@@ -110,7 +110,7 @@ def resume(run: RunDirectory, overrides: Mapping[str, Any], prepare: Prepare, qu
     names = setting_names()
     _refuse_other_changes(overrides, names.canonical)
     saved = Layer("run", read_mapping(run.config))
-    settings = settings_from(resolve([saved, Layer("command line", overrides)], names))
+    settings = settings_from(resolve_settings([saved, Layer("command line", overrides)]))
     _set_up(settings)
     run.ensure_writable()
     with run.locked():

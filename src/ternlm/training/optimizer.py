@@ -59,23 +59,33 @@ class OptimizerSettings(Settings):
 
 
 def build_optimizer(model: LanguageModel, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Fused AdamW with up to four groups, ``matrices``, ``embeddings``, ``quantizers``, ``rest``; only matrices decay.
+    """Fused AdamW with groups ``matrices``, ``embeddings``, ``quantizers``, ``rest``; only matrices decay.
 
-    Every parameter is in exactly one group; tied tensors are one parameter. Each group has a ``ratio``, its
-    learning rate as a share of that of the matrices.
+    Every parameter is in exactly one group; tied tensors are one parameter. Each group has a ``ratio``, its learning
+    rate as a share of that of the matrices. Parameters for which the model wants another rate
+    (`LanguageModel.rate_factors`) are in groups of their own, such as ``matrices x1.5``.
     """
     ratios = {"matrices": 1.0, "embeddings": settings.embedding_lr_ratio, "quantizers": settings.quantizer_lr_ratio,
               "rest": settings.other_lr_ratio}  # fmt: skip
     matrices = {id(layer.weight) for layer in model.bit_linears().values()}
-    members: dict[str, list[nn.Parameter]] = {name: [] for name in ratios}
+    factors = model.rate_factors()
+    members: dict[tuple[str, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         kind = "matrices" if id(parameter) in matrices else "rest"
         if ".quantizer." in name:
             kind = "quantizers"
-        elif kind == "rest" and parameter.dim() == 2:
+        elif kind == "rest" and model.is_embedding(name, parameter):
             kind = "embeddings"
-        members[kind].append(parameter)
-    groups = [{"params": members[name], "name": name, "ratio": ratios[name]} for name in ratios if members[name]]
+        members.setdefault((kind, factors.get(name, 1.0)), []).append(parameter)
+    groups = [
+        {
+            "params": parameters,
+            "name": kind if factor == 1 else f"{kind} x{factor:g}",
+            "ratio": ratios[kind] * factor,
+            "decays": kind == "matrices",
+        }
+        for (kind, factor), parameters in sorted(members.items(), key=lambda item: list(ratios).index(item[0][0]))
+    ]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
     return torch.optim.AdamW(
         groups,
@@ -91,7 +101,7 @@ def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, weight_dec
     """Use these rates in the next update."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["ratio"]
-        group["weight_decay"] = weight_decay if group["name"] == "matrices" else 0.0
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
 
 
 def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

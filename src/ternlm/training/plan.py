@@ -163,7 +163,7 @@ def activation_bytes(model: LanguageModel, settings: RunSettings, rows: int) -> 
     per_token = sum(layer.in_features * (1 if is_int8 else wide) + 2 * wide * sum(layer.sizes) for layer in layers)
     per_row = length * length * settings.model.kept_scores if _is_on_cpu(training.device) else 0
     if training.gradient_checkpointing:
-        blocks = settings.model.num_blocks
+        blocks = settings.model.total_blocks
         per_token = per_token // blocks + blocks * wide * layers[0].in_features
         per_row //= blocks
     masking = settings.objective.masking

@@ -19,10 +19,10 @@ from ternlm.errors import TernlmError
 from ternlm.evaluation.evaluate import evaluate
 from ternlm.generation import has_mask
 from ternlm.run_directory import RunDirectory, read_jsonl
-from ternlm.settings.resolve import Layer, Resolved, resolve
+from ternlm.settings.resolve import Layer, Resolved
 from ternlm.training import launch
 from ternlm.training.schedule import Schedule
-from ternlm.training.settings import RunSettings, setting_names
+from ternlm.training.settings import RunSettings, resolve_settings
 
 STEPS = 10
 _EVALUATED_WINDOWS = 8
@@ -56,7 +56,7 @@ def preflight(resolved: Resolved, run: RunDirectory, prepare: launch.Prepare, qu
     """
     settings = launch.settings_from(resolved)
     layers = [Layer("recipe", resolved.values), Layer("preflight", _everything_on(settings))]
-    shortened = resolve(layers, setting_names())
+    shortened = resolve_settings(layers)
     prepared: list[Prepared] = []
 
     def kept(given: RunSettings, folder: Path) -> Prepared:

@@ -71,6 +71,7 @@ class Recorder:
             "train/weight_decay": self.schedule.weight_decay(k),
             "train/grad_norm": result.grad_norm,
             **self._distillation(k, result),
+            **result.telemetry,
             "train/epoch": epoch,
             "train/stage": self.schedule.stage(k),
             **(self.schedule.quantization.row(k) if self.schedule.quantization is not None else {}),

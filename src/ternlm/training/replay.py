@@ -25,13 +25,13 @@ from ternlm.device import choose_device, set_up
 from ternlm.errors import CheckpointError, DataError, EnvironmentFault
 from ternlm.files import from_json, read_regular
 from ternlm.run_directory import RunDirectory
-from ternlm.settings.resolve import Layer, read_mapping, resolve
+from ternlm.settings.resolve import Layer, read_mapping
 from ternlm.training import launch, roll_back
 from ternlm.training.anomaly import Detector
 from ternlm.training.compilation import compile_blocks
 from ternlm.training.evidence import Evidence, codes_sha256, gradient_norms, read_evidence
 from ternlm.training.progress import Progress
-from ternlm.training.settings import RunSettings, setting_names
+from ternlm.training.settings import RunSettings, resolve_settings
 from ternlm.training.step import StepResult
 from ternlm.training.trainer import Trainer
 
@@ -153,7 +153,7 @@ def replay(
         EnvironmentFault: The evidence is damaged, no checkpoint leads there, or the data are not those of the run.
     """
     evidence, run = read_evidence(folder), RunDirectory(folder.parent.parent)
-    settings = launch.settings_from(resolve([Layer("run", read_mapping(run.config))], setting_names()))
+    settings = launch.settings_from(resolve_settings([Layer("run", read_mapping(run.config))]))
     set_up(choose_device(settings.training.device), settings.training.threads, settings.training.deterministic)
     start = find_start(run, evidence, settings.training.batch_size)
     if settings.data.stream and not (run.stream / "stream.json").is_file():

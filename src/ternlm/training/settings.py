@@ -1,5 +1,6 @@
 """`RunSettings`: everything that defines a run, in sections, with the names people already use."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
@@ -12,7 +13,7 @@ from ternlm.evaluation.settings import EvaluationSettings
 from ternlm.models import MODELS, ModelSettings, model_settings
 from ternlm.models.stages import QuantizationSettings, Stages
 from ternlm.settings import Count, Float, Seconds, Settings
-from ternlm.settings.resolve import Names
+from ternlm.settings.resolve import Layer, Names, Resolved, resolve
 from ternlm.tokenizers import Tokenizer, TokenizerSettings
 from ternlm.tracking import TrackingSettings
 from ternlm.training.anomaly_settings import AnomalySettings
@@ -167,7 +168,7 @@ class RunSettings(Settings):
 
     def stages(self, total_steps: int) -> Stages:
         """How each block rounds in each update of the run."""
-        return Stages(self.quantization, self.model.num_blocks, total_steps)
+        return Stages(self.quantization, self.model.total_blocks, total_steps)
 
     def rates(self, total_steps: int) -> Schedule:
         """Learning rate, weight decay and stage of each update of the run."""
@@ -212,13 +213,33 @@ ALIASES = {
 """Other spellings of settings, as users of other trainers write them."""
 
 
-def setting_names() -> Names:
-    """Every setting that exists, for all model families, with the accepted aliases."""
+def setting_names(family: str | None = None) -> Names:
+    """Every setting that exists, with the accepted aliases.
+
+    Args:
+        family: Key in `MODELS` whose settings the section `model` has; None takes those of all families. What a
+            family calls by a name that is an alias elsewhere, such as `d_model`, goes by that name.
+    """
     sections = {}
     for name, field in RunSettings.model_fields.items():
         annotation = field.annotation
         assert isinstance(annotation, type) and issubclass(annotation, Settings)
         sections[name] = set(annotation.model_fields)
-    for family in MODELS.values():
-        sections["model"] |= set(family.settings.model_fields)
-    return Names(sections, ALIASES, SECTION_ALIASES)
+    for key in MODELS if family is None else (family,):
+        sections["model"] |= set(MODELS[key].settings.model_fields)
+    own = sections["model"] if family is not None else set()
+    return Names(sections, {name: full for name, full in ALIASES.items() if name not in own}, SECTION_ALIASES)
+
+
+def resolve_settings(layers: Sequence[Layer]) -> Resolved:
+    """Merge layers, later ones winning, by the names of the model family that the last of them chooses.
+
+    Raises:
+        SettingsError: A name is unknown or ambiguous.
+    """
+    chosen: Any = "bitnet"
+    for layer in layers:
+        model = layer.values.get("model")
+        inner = model.get("family", chosen) if isinstance(model, Mapping) else chosen
+        chosen = layer.values.get("family", layer.values.get("model.family", inner))
+    return resolve(layers, setting_names(chosen if isinstance(chosen, str) and chosen in MODELS else None))

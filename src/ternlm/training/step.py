@@ -1,13 +1,15 @@
 """One optimizer step: micro-batches, gradients, the question whether to use them, clipping, and the update."""
 
 import math
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ternlm.data.batch import Batch
+from ternlm.data.batch import IGNORED, Batch
 from ternlm.device import is_out_of_memory
 from ternlm.errors import MemoryExhausted
 from ternlm.models import LanguageModel
@@ -26,6 +28,7 @@ class StepResult(NamedTuple):
         targets: Targets in the batch.
         skipped: Nothing was updated.
         distillation: The weighted term of a teacher per target, which is not in the loss; None without one.
+        telemetry: What the model said about its passes, averaged over the targets of the batch.
     """
 
     loss: float
@@ -33,6 +36,15 @@ class StepResult(NamedTuple):
     targets: int
     skipped: bool = False
     distillation: float | None = None
+    telemetry: Mapping[str, float] = MappingProxyType({})
+
+
+class _Sums(NamedTuple):
+    """Over the targets of a batch: nats, what a teacher adds to them, and what the model says about its passes."""
+
+    nll: Tensor
+    taught: Tensor
+    seen: Mapping[str, Tensor]
 
 
 Judge = Callable[[StepResult], bool]
@@ -101,7 +113,7 @@ class Stepper:
             MemoryExhausted: A single row does not fit.
         """
         observed = self.model.activation_scales()
-        nll, taught = self._backward_within_memory(batch, k, observed)
+        nll, taught, seen = self._backward_within_memory(batch, k, observed)
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         self.model.clamp_row_gradients()
@@ -109,6 +121,7 @@ class Stepper:
         result = StepResult(
             (nll / batch.num_targets).item(), norm.item(), batch.num_targets,
             distillation=None if self.distillation is None else (taught / batch.num_targets).item(),
+            telemetry={name: (total / batch.num_targets).item() for name, total in seen.items()},
         )  # fmt: skip
         usable = is_finite(result)
         if usable or not self._searching_scale():
@@ -131,7 +144,7 @@ class Stepper:
         else:
             self.optimizer.step()
 
-    def _backward_within_memory(self, batch: Batch, k: int, observed: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _backward_within_memory(self, batch: Batch, k: int, observed: list[Tensor]) -> _Sums:
         while True:
             try:
                 return self._backward(batch, k)
@@ -142,8 +155,8 @@ class Stepper:
             self.model.put_back(observed)
             self._shrink(batch.tokens.shape)
 
-    def _backward(self, batch: Batch, k: int) -> tuple[Tensor, Tensor]:
-        """The sum of nats over the batch, and of what a teacher adds to it."""
+    def _backward(self, batch: Batch, k: int) -> _Sums:
+        seen: dict[str, Tensor] = defaultdict(lambda: torch.zeros((), device=batch.tokens.device))
         nll, taught = torch.zeros(2, device=batch.tokens.device).unbind()
         parts = zip(batch.tokens.split(self.micro_batch_size), batch.targets.split(self.micro_batch_size), strict=True)
         for number, (tokens, targets) in enumerate(parts):
@@ -160,7 +173,9 @@ class Stepper:
             self.scaler.scale(objective / max(batch.num_targets, 1)).backward()
             self.model.end_pass()
             nll += sums.nll
-        return nll, taught
+            for name, mean in output.telemetry.items():
+                seen[name] += mean * (targets != IGNORED).sum()
+        return _Sums(nll, taught, seen)
 
     def _shrink(self, shape: torch.Size) -> None:
         self.optimizer.zero_grad(set_to_none=True)

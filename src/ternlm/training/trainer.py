@@ -103,7 +103,8 @@ class Trainer:
             training.micro_batch_size == "auto", self._say, training.seed, self.distillation,
         )  # fmt: skip
         new_stages = [*self.schedule.boundaries(), self.schedule.weight_decay_end]
-        self.detector = Detector(settings.anomaly, self.model.settings.vocab_size or 0, new_stages)
+        chunk_targets = getattr(settings.model, "chunk_targets", ())
+        self.detector = Detector(settings.anomaly, self.model.settings.vocab_size or 0, new_stages, chunk_targets)
         self.statistics = TernaryStatistics(self.model)
         self.stages.apply(self.model, 0)
         if resume_from is not None:
@@ -172,6 +173,8 @@ class Trainer:
             return
 
         step = self.progress.step
+        if result.telemetry:
+            self._note(self.detector.judge_chunks(step, result.telemetry))
         if self._is_due(self.settings.tracking.every_steps, step) or step == 1:
             self._log_step(k, result)
         if self._is_due(self.settings.tracking.ternary_every_steps, step):
