@@ -20,7 +20,7 @@ from ternlm.models import MODELS, LanguageModel, ModelSettings, QuantizationMode
 from ternlm.tokenizers import TokenizerSettings
 from ternlm.training.settings import RunSettings
 
-TINY_SIZES = {
+TINY_SIZES: dict[str, Any] = {
     "vocab_size": 61,
     "hidden_size": 24,
     "num_hidden_layers": 2,
@@ -31,6 +31,8 @@ TINY_SIZES = {
     "qdyt_groups": 4,
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
+    "d_model": (24, 40),
+    "num_blocks": ((2, 0, 2), (2,)),
 }
 """Sizes by their common names; a family takes those that it declares."""
 

@@ -12,7 +12,7 @@ from ternlm.errors import SettingsError
 from ternlm.models import MODELS
 from ternlm.settings.resolve import Layer, parse_overrides, resolve
 from ternlm.training.launch import settings_from
-from ternlm.training.settings import ALIASES, SECTION_ALIASES, RunSettings, setting_names
+from ternlm.training.settings import ALIASES, SECTION_ALIASES, RunSettings, resolve_settings, setting_names
 
 CHANGED: dict[str, tuple[str, str]] = {
     # name: (another valid value, a value that must be refused), as written on the command line
@@ -300,3 +300,24 @@ def test_settings_survive_being_written_and_read(tmp_path: Path) -> None:
     settings = resolved("betas=[0.8, 0.9]", "prompts=['x', 'é']", "max_time=90", "micro_batch_size=3")
     again: Any = RunSettings.from_mapping(settings.model_dump(mode="json"))
     assert again == settings
+
+
+@pytest.mark.parametrize("choice", [{"model": {"family": "hnet"}}, {"model.family": "hnet"}, {"family": "hnet"}])
+def test_a_name_that_is_an_alias_elsewhere_is_a_setting_of_the_family_that_has_it(choice: dict[str, object]) -> None:
+    base = Layer("recipe", {"training.max_steps": 3})
+    shape = {"d_model": [16, 24], "model.num_blocks": [[1, 0, 1], [2]]}
+    settings = settings_from(resolve_settings([base, Layer("file", choice), Layer("command line", shape)]))
+    assert settings.model.model_dump()["d_model"] == (16, 24)
+    assert settings.model.total_blocks == 4
+    other = settings_from(resolve_settings([base, Layer("command line", {"d_model": 384})]))
+    assert other.model.model_dump()["hidden_size"] == 384
+
+
+def test_settings_of_another_family_are_unknown_and_the_hint_is_from_the_chosen_one() -> None:
+    layers = [Layer("recipe", {"model": {"family": "hgrn"}}), Layer("command line", {"model.hidden_siz": 3})]
+    with pytest.raises(SettingsError, match=r"Did you mean 'model\.hidden_size'"):
+        resolve_settings(layers)
+    with pytest.raises(SettingsError, match=r"unknown setting 'model\.d_modell'"):
+        resolve_settings([layers[0], Layer("command line", {"model.d_modell": 3})])
+    with pytest.raises(SettingsError, match=r"unknown setting 'model\.chunk_targets'"):
+        resolve_settings([layers[0], Layer("command line", {"model.chunk_targets": 3})])

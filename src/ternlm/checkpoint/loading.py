@@ -70,7 +70,7 @@ def load(path: Path, device: torch.device | str = "cpu", mode: QuantizationMode 
         raise CheckpointError(f"'{path / CONFIG}' describes no model ({error}). Use another checkpoint.") from None
     tensors = parse_tensors(path, MODEL, files[MODEL])
     try:
-        if getattr(settings, "num_hidden_layers", 0) > len(tensors):
+        if settings.total_blocks > len(tensors):
             raise RuntimeError(f"more layers than the {len(tensors)} tensors of the file")
         with torch.device("meta"):  # sizes are compared before any memory is taken for them
             require_fitting(build_model(settings, quantization.base()), tensors, path)

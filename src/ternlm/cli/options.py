@@ -65,6 +65,8 @@ def resolve_recipe(
     if recipe is not None:
         loaded = load_recipe(recipe)
         layers.append(Layer(loaded.origin, loaded.values))
+        for note in loaded.notes:
+            typer.echo(f"note: {note}.", err=True)
     layers.append(Layer("environment", environment_overrides()))
     layers.append(Layer("command line", flag_values(flags)))
     layers.append(Layer("command line", parse_overrides(assignments or [])))

@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 from ternlm.errors import SettingsError
 from ternlm.models.bitnet import BitNet, BitNetSettings
+from ternlm.models.hgrn import HGRN, HGRNSettings
+from ternlm.models.hnet import HNet
+from ternlm.models.hnet_settings import HNetSettings
 from ternlm.models.language_model import LanguageModel, ModelSettings, Output, ParameterCounts
 from ternlm.models.qdyt import QDyTModel
 from ternlm.models.qdyt_settings import QDyTSettings
@@ -24,6 +27,8 @@ class Family(NamedTuple):
 MODELS = {
     "bitnet": Family(BitNetSettings, BitNet),
     "qdyt": Family(QDyTSettings, QDyTModel),
+    "hgrn": Family(HGRNSettings, HGRN),
+    "hnet": Family(HNetSettings, HNet),
 }
 
 

@@ -21,6 +21,8 @@ class GatedFeedForward(nn.Module):
         activation: ``silu`` or ``relu2``.
         mode: Rounding of the three projections; gate and up are one product.
         sub_norm_eps: eps of the RMSNorm before the down projection; None leaves the norm out.
+        one_matrix: Gate and up are one matrix, `gate_up_proj`, which has one scale where two have one each.
+        input_norm_eps: eps of an RMSNorm before gate and up; None leaves the norm out.
 
     Source:
         Shazeer 2020, gated units (arXiv 2002.05202); So et al. 2021, squared ReLU (arXiv 2109.08668);
@@ -34,16 +36,23 @@ class GatedFeedForward(nn.Module):
         activation: Activation,
         mode: QuantizationMode,
         sub_norm_eps: float | None,
+        one_matrix: bool = False,
+        input_norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         self.activation = activation
-        self.gate_up = BitLinear(hidden_size, {"gate_proj": intermediate_size, "up_proj": intermediate_size}, mode)
+        matrices = {"gate_proj": intermediate_size, "up_proj": intermediate_size}
+        if one_matrix:
+            matrices = {"gate_up_proj": 2 * intermediate_size}
+        self.input_norm = nn.Identity() if input_norm_eps is None else RMSNorm(hidden_size, input_norm_eps)
+        self.gate_up = BitLinear(hidden_size, matrices, mode)
         self.ffn_sub_norm = nn.Identity() if sub_norm_eps is None else RMSNorm(intermediate_size, sub_norm_eps)
         self.down = BitLinear(intermediate_size, {"down_proj": hidden_size}, mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden_size) -> (..., hidden_size)."""
-        gate, up = self.gate_up(x)
+        parts = self.gate_up(self.input_norm(x))
+        gate, up = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
         gate = F.silu(gate) if self.activation == "silu" else F.relu(gate).square()
         (y,) = self.down(self.ffn_sub_norm(gate * up))
         return y

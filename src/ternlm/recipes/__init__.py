@@ -1,4 +1,4 @@
-"""Recipes: complete settings of a run, one YAML file each, shipped with the package; and sweeps over them."""
+"""Recipes: complete settings of a run, one YAML file each, shipped with the package; sweeps over them; experiments."""
 
 import difflib
 import re
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from ternlm.errors import SettingsError
+from ternlm.recipes.seed import is_model_config, model_section
 from ternlm.settings.resolve import read_mapping
 
 
@@ -22,12 +23,14 @@ class Recipe(NamedTuple):
         origin: Where the values come from, for the record.
         description: One line.
         values: Settings by section.
+        notes: A sentence for each key of a foreign file that was left out.
     """
 
     name: str
     origin: str
     description: str
     values: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def recipe_names() -> list[str]:
@@ -38,7 +41,12 @@ def recipe_names() -> list[str]:
 
 def sweep_names() -> list[str]:
     """Names of the shipped sweeps."""
-    return sorted(_names(_sweeps()))
+    return sorted(_names(_folder("sweeps")))
+
+
+def experiment_names() -> list[str]:
+    """Names of the shipped experiments."""
+    return sorted(_names(_folder("experiments")))
 
 
 def recipe_text(name: str) -> str:
@@ -49,13 +57,18 @@ def recipe_text(name: str) -> str:
     """
     names = recipe_names()
     if name not in names:
-        raise _unknown("recipe", name, names)
+        raise unknown_reference("recipe", name, names)
     return resources.files(__package__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def sweep_text(name: str) -> str:
     """The file of a shipped sweep; the name is one of `sweep_names`."""
-    return _sweeps().joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    return _folder("sweeps").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def experiment_text(name: str) -> str:
+    """The file of a shipped experiment; the name is one of `experiment_names`."""
+    return _folder("experiments").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def load_sweep(reference: str) -> Recipe | None:
@@ -73,7 +86,7 @@ def load_sweep(reference: str) -> Recipe | None:
         name, origin, values = reference, f"sweep {reference}", yaml.safe_load(sweep_text(reference))
     else:
         if reference not in recipe_names():
-            raise _unknown("sweep or recipe", reference, [*sweep_names(), *recipe_names()])
+            raise unknown_reference("sweep or recipe", reference, [*sweep_names(), *recipe_names()])
         return None
     is_sweep = not values.keys().isdisjoint(("trials", "grid", "random", "recipe", "seeds", "samples"))
     return Recipe(name, origin, str(values.get("description", "")), values) if is_sweep else None
@@ -82,7 +95,8 @@ def load_sweep(reference: str) -> Recipe | None:
 def load_recipe(reference: str) -> Recipe:
     """A shipped recipe by name, or a settings file (YAML or JSON) by path.
 
-    A recipe may begin with ``extends: NAME``, which puts its values on top of another recipe's.
+    A recipe may begin with ``extends: NAME``, which puts its values on top of another recipe's. A file that names a
+    ``model_type`` describes a model alone (`ternlm.recipes.seed`), on bytes.
 
     Raises:
         SettingsError: There is no such recipe or file, or it is malformed.
@@ -92,6 +106,11 @@ def load_recipe(reference: str) -> Recipe:
         name, origin, values = path.stem, f"file {path}", read_mapping(path)
     else:
         name, origin, values = reference, f"recipe {reference}", yaml.safe_load(recipe_text(reference))
+    if "experiment_name" in values:
+        raise SettingsError(f"'{reference}' is an experiment and no recipe. Run it with: ternlm experiment {reference}")
+    if is_model_config(values):
+        model, notes = model_section(values)
+        return Recipe(name, origin, "", {"model": model, "tokenizer": {"name": "byte"}}, tuple(notes))
     base, description = values.pop("extends", None), str(values.pop("description", ""))
     if base is not None:
         values = _on_top(load_recipe(str(base)).values, values)
@@ -106,15 +125,16 @@ def _on_top(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _sweeps() -> Traversable:
-    return resources.files(__package__).joinpath("sweeps")
+def _folder(name: str) -> Traversable:
+    return resources.files(__package__).joinpath(name)
 
 
 def _names(folder: Traversable) -> Iterable[str]:
     return (file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
 
 
-def _unknown(kind: str, name: str, names: list[str]) -> SettingsError:
+def unknown_reference(kind: str, name: str, names: list[str]) -> SettingsError:
+    """The error for a name that is none of the shipped ones, with the nearest of these."""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(names)}."
     return SettingsError(f"unknown {kind} '{name}'. {hint} 'ternlm recipes' lists them; a .yaml file works too.")

@@ -218,7 +218,7 @@ def _misfit(
             f"has a vocabulary of {teacher.vocab_size or 0:,} ids, the model of the run one of "
             f"{student.vocab_size or 0:,}. Set model.vocab_size={teacher.vocab_size}, or name another teacher."
         )
-    if teacher.max_position_embeddings < length:
+    if not MODELS[teacher.family].model.is_recurrent and teacher.max_position_embeddings < length:
         return (
             f"reads {teacher.max_position_embeddings:,} tokens at most, and data.sequence_length={length:,}. "
             "Lower the latter, or name another teacher."

@@ -1,7 +1,7 @@
 """From settings to a trained run: starting one, resuming one, and branching one from a checkpoint."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ def resume(run: RunDirectory, overrides: Mapping[str, Any], prepare: Prepare, qu
         CheckpointError: No checkpoint verifies, or the data are not those of the run.
     """
     names = setting_names()
-    _refuse_other_changes(overrides, names.canonical)
+    require_changeable(overrides)
     saved = Layer("run", read_mapping(run.config))
     settings = settings_from(resolve_settings([saved, Layer("command line", overrides)]))
     _set_up(settings)
@@ -228,7 +228,13 @@ def _require_same_data(opened: Opened, prepared: Prepared) -> None:
         )
 
 
-def _refuse_other_changes(overrides: Mapping[str, Any], canonical: Callable[[str], str]) -> None:
+def require_changeable(overrides: Iterable[str]) -> None:
+    """Refuse settings that would make a resumed run another run.
+
+    Raises:
+        SettingsError: One of them would.
+    """
+    canonical = setting_names().canonical
     for name in overrides:
         section, _, field = canonical(name).partition(".")
         free = _FREE_ON_RESUME.get(section, set())

@@ -98,7 +98,8 @@ class Recorder:
         weight = self.settings.distillation.weight_at(k, self.schedule.total_steps)
         return {"train/distillation_loss": result.distillation, "train/distillation_weight": weight}
 
-    def evaluation(self, result: EvaluationResult) -> None:
+    def evaluation(self, result: EvaluationResult, chunks: Mapping[str, float | None]) -> None:
+        """Log an evaluation, and what was found about a hierarchical model's chunks."""
         mean = self.progress.mean_loss
         gap = None if mean is None else result.loss - mean
         self.log("eval", {
@@ -111,6 +112,7 @@ class Recorder:
             "val/train_gap": gap,
             "train_eval_gap": None if gap is None else -gap,
             **{name: value for name, value in result.as_dict().items() if name not in ("loss", "perplexity", "wall_s")},
+            **{f"val/{name}": value for name, value in chunks.items()},
         })  # fmt: skip
         self.status.update(val={"loss": result.loss, "bpb": result.bpb, "step": self.progress.step})
 

@@ -115,7 +115,8 @@ class RunSettings(Settings):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        if self.data.sequence_length > self.model.max_position_embeddings:
+        is_limited = not MODELS[self.model.family].model.is_recurrent
+        if is_limited and self.data.sequence_length > self.model.max_position_embeddings:
             raise SettingsError(
                 f"data.sequence_length={self.data.sequence_length} exceeds "
                 f"model.max_position_embeddings={self.model.max_position_embeddings}. "

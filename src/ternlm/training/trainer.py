@@ -25,6 +25,8 @@ from ternlm.errors import (
     StorageFault,
     TernlmError,
 )
+from ternlm.evaluation.analysis import held_out_batches
+from ternlm.evaluation.chunks import chunk_statistics, has_chunks
 from ternlm.evaluation.evaluate import EvaluationResult, evaluate, require_fitting
 from ternlm.evaluation.samples import sample_modes
 from ternlm.evaluation.ternary import TernaryStatistics
@@ -49,6 +51,9 @@ from ternlm.training.step import Judge, Stepper, StepResult
 
 MEMORY_SHARE = 0.4
 """Of the machine's memory, what the activations of one micro-batch may be estimated at."""
+
+CHUNKED_TOKENS = 16_384
+"""Held-out tokens whose chunks are counted at each evaluation."""
 
 FLAT_TREND = 0.02
 """Nats per 1000 steps below which a loss counts as flat."""
@@ -103,7 +108,7 @@ class Trainer:
             training.micro_batch_size == "auto", self._say, training.seed, self.distillation,
         )  # fmt: skip
         new_stages = [*self.schedule.boundaries(), self.schedule.weight_decay_end]
-        chunk_targets = getattr(settings.model, "chunk_targets", ())
+        chunk_targets = getattr(settings.model, "targets", ())
         self.detector = Detector(settings.anomaly, self.model.settings.vocab_size or 0, new_stages, chunk_targets)
         self.statistics = TernaryStatistics(self.model)
         self.stages.apply(self.model, 0)
@@ -234,9 +239,19 @@ class Trainer:
         )
         if not math.isfinite(result.loss):
             raise Diverged(f"the validation loss is {result.loss} at step {self.progress.step}. {LOWER_RATE}")
-        self.recorder.evaluation(result)
+        self.recorder.evaluation(result, self._chunk_statistics())
         self.progress.last_evaluation = {"step": self.progress.step, "loss": result.loss, "bpb": result.bpb}
         return result
+
+    def _chunk_statistics(self) -> dict[str, float | None]:
+        """Where a hierarchical model cuts the beginning of the validation split; nothing of any other model."""
+        if not has_chunks(self.model):
+            return {}
+        batches = held_out_batches(
+            self.model, self.corpus.split("validation"), self.tokenizer, self.settings.data.sequence_length,
+            self.stepper.micro_batch_size, CHUNKED_TOKENS,
+        )  # fmt: skip
+        return chunk_statistics(self.model, batches, self.tokenizer)
 
     def sample(self) -> None:
         """Generate from the configured prompts in all modes; training's randomness is untouched."""
