@@ -214,6 +214,13 @@ def test_a_folder_in_use_by_another_process_is_refused(tmp_path: Path, data: Dat
             prepare(data, BYTE, tmp_path / "out")
 
 
+def test_a_finished_corpus_may_be_opened_by_many_at_once(tmp_path: Path, data: DataSettings) -> None:
+    first = prepare(data, ByteTokenizer(), tmp_path / "out")
+    with (tmp_path / "out" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert prepare(data, ByteTokenizer(), tmp_path / "out").fingerprint == first.fingerprint
+
+
 @pytest.mark.parametrize("limit", [5, 997, 1000, 1003, 2500])
 def test_max_tokens_ends_the_training_split_exactly(tmp_path: Path, data: DataSettings, limit: int) -> None:
     corpus = prepare(data.model_copy(update={"max_tokens": limit}), BYTE, tmp_path / "out")

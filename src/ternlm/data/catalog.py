@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
+from ternlm.data.decoding import Decoder
 from ternlm.data.documents import read_documents
 from ternlm.data.hub import HubDataset, HubSource, hub_splits, parse_hub_source, wikitext_articles
 from ternlm.data.reader import DocumentSource, Patience, Position, Source, read_pass
@@ -118,30 +119,40 @@ def open_corpus(settings: DataSettings, split: str, patience: Patience | None = 
         raise no_documents(settings, split)
 
 
-def open_streams(settings: DataSettings, patience: Patience | None = None) -> dict[str, Stream]:
+def open_streams(
+    settings: DataSettings, patience: Patience | None = None, decoder: Decoder | None = None
+) -> dict[str, Stream]:
     """Everything a corpus stores, each document with its split, once.
+
+    Args:
+        settings: The source and how it is divided.
+        patience, decoder: As `open_sources` takes them.
 
     Returns:
         ``train`` first, which also yields what is carved off it; then one stream for each split that has
         its own source.
     """
     patience = patience or Patience(settings.retry_for)
-    sources = open_sources(settings, patience)
+    sources = open_sources(settings, patience, decoder)
     return {name: partial(_documents, source, patience) for name, source in sources.items()}
 
 
-def open_sources(settings: DataSettings, patience: Patience | None = None) -> dict[str, Source]:
+def open_sources(
+    settings: DataSettings, patience: Patience | None = None, decoder: Decoder | None = None
+) -> dict[str, Source]:
     """`open_streams` as sources that can be read from any position on.
 
     Args:
         settings: The source and how it is divided.
         patience: What happens when a dataset cannot be reached; by default `settings.retry_for` decides.
+        decoder: Remembers what was not valid UTF-8; by default nobody does, and `settings.encoding_errors` decides.
 
     Raises:
         DataError: The source does not exist.
         SettingsError: A revision is given for what has none.
     """
-    stored = _own_sources(settings, patience or Patience(settings.retry_for))
+    decoder = decoder or Decoder(settings.encoding_errors)
+    stored = _own_sources(settings, patience or Patience(settings.retry_for), decoder)
     shares = _carved(settings, stored)
     return {name: _labelled(settings, name, source, shares) for name, source in stored.items()}
 
@@ -189,20 +200,20 @@ def hub_dataset(settings: DataSettings) -> HubDataset | None:
     return dataset
 
 
-def _own_sources(settings: DataSettings, patience: Patience) -> dict[str, Documents | HubSource]:
+def _own_sources(settings: DataSettings, patience: Patience, decoder: Decoder) -> dict[str, Documents | HubSource]:
     """What need not be carved, training first."""
-    sources = _source_splits(settings, patience)
+    sources = _source_splits(settings, patience, decoder)
     for name, path in (("validation", settings.validation_path), ("test", settings.test_path)):
         if path is not None:
-            sources[name] = _limited(_local(path, settings), settings.max_documents)
+            sources[name] = _limited(_local(path, settings, decoder), settings.max_documents)
     return {name: sources[name] for name in SPLITS if name in sources}
 
 
-def _source_splits(settings: DataSettings, patience: Patience) -> dict[str, Documents | HubSource]:
+def _source_splits(settings: DataSettings, patience: Patience, decoder: Decoder) -> dict[str, Documents | HubSource]:
     entry, dataset, most = CORPORA.get(settings.source), hub_dataset(settings), settings.max_documents
     if dataset is None:
         if entry is None:
-            return {"train": _limited(_local(settings.source, settings), most)}
+            return {"train": _limited(_local(settings.source, settings, decoder), most)}
         return {split: _limited(_built_in(entry.name, split), most) for split in entry.splits}
     if entry is None:
         splits = patience.attempt(str(dataset), lambda: hub_splits(dataset))
@@ -211,7 +222,7 @@ def _source_splits(settings: DataSettings, patience: Patience) -> dict[str, Docu
     column = entry.text_column if entry else settings.text_column
     found: dict[str, Documents | HubSource] = {}
     for split, own in splits.items():
-        source = HubSource(dataset, own, column, settings.encoding_errors)
+        source = HubSource(dataset, own, column, decoder)
         if entry is not None and entry.rows_are_lines:
             found[split] = _limited(partial(_articles, source, patience), most)
         elif most is not None:
@@ -233,9 +244,8 @@ def _built_in(name: str, split: str) -> Documents:
     return documents
 
 
-def _local(path: str, settings: DataSettings) -> Documents:
-    column, errors = settings.text_column, settings.encoding_errors
-    return lambda: read_documents(path, text_column=column, encoding_errors=errors)
+def _local(path: str, settings: DataSettings, decoder: Decoder) -> Documents:
+    return lambda: read_documents(path, text_column=settings.text_column, decoder=decoder)
 
 
 def _limited(source: Documents, most: int | None) -> Documents:

@@ -3,6 +3,7 @@
 A folder holds ``manifest.json`` and, per split, ``shard-NNNNN.bin`` (little-endian token ids, 1, 2 or 4
 bytes each), ``documents.bin`` (uint64 pairs: end offset in tokens, raw UTF-8 bytes) and ``hashes.bin``
 (uint64 per document, from sha256 of its bytes). The manifest holds the sha256 of each of them, and its own.
+``invalid.json`` is there where documents were no valid UTF-8.
 Writing is left to `shards`.
 
 Tokens are read with positioned reads, not through a memory map: a shard that is cut off while it is in
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 2
 MANIFEST = "manifest.json"
+INVALID = "invalid.json"
 LARGEST_MANIFEST = 64 * 2**20
 SPLITS = ("train", "validation", "test")
 TABLES = {"documents.bin": 16, "hashes.bin": 8}  # bytes per document
@@ -251,6 +253,14 @@ class Corpus:
             "tokenizer": {"name": tokenizer["name"], "fingerprint": tokenizer["fingerprint"]},
             "splits": {name: describe_split(stream) for name, stream in self._streams.items()},
         }
+
+    def invalid_bytes(self) -> dict[str, Any] | None:
+        """What `Decoder.found` noted while the corpus was prepared; None if every document was valid UTF-8."""
+        try:
+            found = from_json(read_regular(self.directory / INVALID, LARGEST_MANIFEST))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) and isinstance(found.get("places"), list) else None
 
     def first_tokens(self, n: int = 1000) -> list[int]:
         """The first tokens of the training split, at most `n`."""

@@ -8,12 +8,13 @@ import glob
 import gzip
 import io
 import json
-import re
 import zlib
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
+from ternlm.data.decoding import Decoder
 from ternlm.errors import DataError, missing_extra
 
 BATCH_CHARACTERS = 2**20
@@ -23,7 +24,9 @@ _COMPRESSIONS = (".gz", ".zst")
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 
 
-def read_documents(source: str, *, text_column: str = "text", encoding_errors: str = "strict") -> Iterator[str]:
+def read_documents(
+    source: str, *, text_column: str = "text", encoding_errors: str = "strict", decoder: Decoder | None = None
+) -> Iterator[str]:
     """Documents of a file, a folder or a glob.
 
     A text file is one document, exactly as it is, unless lines holding only ``<|endoftext|>`` divide it;
@@ -33,14 +36,17 @@ def read_documents(source: str, *, text_column: str = "text", encoding_errors: s
     Args:
         source: A path or a glob such as ``texts/**/*.md``.
         text_column: Key of JSONL objects and column of Parquet files that holds the text.
-        encoding_errors: ``strict`` or ``replace`` (invalid UTF-8 becomes U+FFFD).
+        encoding_errors: ``strict``, ``replace`` (invalid UTF-8 becomes U+FFFD) or ``skip`` (documents with invalid
+            UTF-8 are left out).
+        decoder: Decodes in the way it was made for, instead of `encoding_errors`, and remembers what was invalid.
 
     Raises:
         DataError: Nothing is found, a file is damaged or not UTF-8, or the text column is missing.
     """
     found = False
+    decoder = decoder or Decoder(encoding_errors)
     for path in find_files(source):
-        for text in _read_file(path, text_column, encoding_errors):
+        for text in _read_file(path, text_column, decoder):
             if text and not text.isspace():
                 found = True
                 yield text
@@ -99,15 +105,15 @@ def _compression(path: Path) -> str:
     return suffix if suffix in _COMPRESSIONS else ""
 
 
-def _read_file(path: Path, text_column: str, encoding_errors: str) -> Iterator[str]:
+def _read_file(path: Path, text_column: str, decoder: Decoder) -> Iterator[str]:
     name = path.name.lower().removesuffix(_compression(path))
     try:
         if name.endswith(".parquet"):
-            yield from _read_parquet(path, text_column)
+            yield from _read_parquet(path, text_column, decoder)
         elif name.endswith(".jsonl"):
-            yield from _read_json_lines(path, text_column, encoding_errors)
+            yield from _read_json_lines(path, text_column, decoder)
         else:
-            yield from _read_text(path, encoding_errors)
+            yield from _read_text(path, decoder)
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"{path} cannot be read: {reason}. Check the file, or leave it out.") from None
@@ -182,35 +188,37 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             raise OSError(f"damaged Zstandard stream ({error})") from None
 
 
-def _read_text(path: Path, encoding_errors: str) -> Iterator[str]:
+def _read_text(path: Path, decoder: Decoder) -> Iterator[str]:
     start, divided = 0, False
     parts: list[bytes] = []
     for offset, line in _lines(path):
         if line.strip() == DOCUMENT_SEPARATOR:
             divided = True
-            yield _decode(b"".join(parts), path, start, encoding_errors).strip("\r\n")
+            yield decoder.text(b"".join(parts), str(path), start).strip("\r\n")
             parts = []
             continue
         if not parts:
             start = offset
         parts.append(line)
-    rest = _decode(b"".join(parts), path, start, encoding_errors)
+    rest = decoder.text(b"".join(parts), str(path), start)
     yield rest.strip("\r\n") if divided else rest
 
 
-def _read_json_lines(path: Path, text_column: str, encoding_errors: str) -> Iterator[str]:
+def _read_json_lines(path: Path, text_column: str, decoder: Decoder) -> Iterator[str]:
     for number, (offset, line) in enumerate(_lines(path), start=1):
         if not line.strip():
             continue
-        text = _decode(line, path, offset, encoding_errors)
+        text = decoder.text(line, str(path), offset)
+        if not text:  # left out
+            continue
         try:
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number} is not valid JSON ({error}). Repair or remove the line.") from None
-        yield text_of(record, text_column, f"{path}, line {number}", encoding_errors)
+        yield text_of(record, text_column, f"{path}, line {number}", decoder)
 
 
-def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
+def _read_parquet(path: Path, text_column: str, decoder: Decoder) -> Iterator[str]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -221,14 +229,20 @@ def _read_parquet(path: Path, text_column: str) -> Iterator[str]:
             columns = file.schema_arrow.names
             if text_column not in columns:
                 raise _no_column(str(path), text_column, columns)
+            rows = count(1)
             for batch in file.iter_batches(columns=[text_column], batch_size=1024):
-                for value in batch.column(0).to_pylist():
-                    yield text_of({text_column: value}, text_column, str(path), "strict")
+                column = batch.column(0)
+                if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
+                    column = column.cast(pyarrow.large_binary())  # a file may call bytes a string that are none
+                for row, value in zip(rows, column.to_pylist(), strict=False):
+                    if isinstance(value, bytes):
+                        value = decoder.text(value, str(path), row=row)
+                    yield text_of({text_column: value}, text_column, str(path), decoder)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not a readable Parquet file: {error}. Fetch it again.") from None
 
 
-def text_of(record: Any, text_column: str, where: str, encoding_errors: str) -> str:
+def text_of(record: Any, text_column: str, where: str, decoder: Decoder) -> str:
     """The text of one record: an object's column, or a plain string; null counts as empty.
 
     Raises:
@@ -242,14 +256,7 @@ def text_of(record: Any, text_column: str, where: str, encoding_errors: str) -> 
         return ""
     if not isinstance(record, str):
         raise DataError(f"{where}: '{text_column}' holds a {type(record).__name__}, not text. Set data.text_column.")
-    if re.search("[\ud800-\udfff]", record):
-        if encoding_errors == "strict":
-            raise DataError(
-                f"{where}: the text holds a lone surrogate, which UTF-8 cannot express. "
-                "Set data.encoding_errors=replace to read it as U+FFFD."
-            )
-        return re.sub("[\ud800-\udfff]", "\ufffd", record)
-    return record
+    return decoder.encodable(record, where)
 
 
 def _no_column(where: str, text_column: str, columns: list[str]) -> DataError:
@@ -257,13 +264,3 @@ def _no_column(where: str, text_column: str, columns: list[str]) -> DataError:
         f"{where} has no column '{text_column}' but {', '.join(map(repr, columns)) or 'none at all'}. "
         "Set data.text_column to the one that holds the text."
     )
-
-
-def _decode(raw: bytes, path: Path, offset: int, encoding_errors: str) -> str:
-    try:
-        return raw.decode("utf-8", errors=encoding_errors)
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {offset + error.start:,}. "
-            "Convert the file, or set data.encoding_errors=replace to read such bytes as U+FFFD."
-        ) from None

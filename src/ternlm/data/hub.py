@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ternlm.data.decoding import Decoder
 from ternlm.data.documents import text_of
 from ternlm.data.reader import Source, Unreadable, unreadable
 from ternlm.errors import DataError, EnvironmentFault, missing_extra
@@ -116,7 +117,7 @@ class HubSource(Source):
         dataset: Which dataset.
         split: The dataset's own name of the split.
         text_column: Column that holds the text.
-        encoding_errors: What to do with lone surrogates, ``strict`` or ``replace``.
+        decoder: What happens to lone surrogates; by default they are refused.
         label: The split of ternlm's that a text belongs to.
     """
 
@@ -125,7 +126,7 @@ class HubSource(Source):
         dataset: HubDataset,
         split: str,
         text_column: str = "text",
-        encoding_errors: str = "strict",
+        decoder: Decoder | None = None,
         label: Callable[[str], str] = lambda text: "train",
     ) -> None:
         self.name = str(dataset)
@@ -133,7 +134,7 @@ class HubSource(Source):
         self.label = label
         self._split = split
         self._text_column = text_column
-        self._encoding_errors = encoding_errors
+        self._decoder = decoder or Decoder()
         self._rows: Any = None
         self._count: int | None = None  # of files, when the dataset was first opened
 
@@ -146,7 +147,7 @@ class HubSource(Source):
             known = column in table.column_names
             records = table.select([column]).to_pylist() if known else [dict.fromkeys(table.column_names)]
             for record in records:
-                text = text_of(record, column, f"{self.name}, file {file}, row {row}", self._encoding_errors)
+                text = text_of(record, column, f"{self.name}, file {file}, row {row}", self._decoder)
                 yield (self.label(text) if text else ""), text
                 row += 1
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ternlm.data.catalog import open_corpus
+from ternlm.data.decoding import describe_invalid
 from ternlm.data.reader import Patience, wait_unless
 from ternlm.data.settings import DataSettings
 from ternlm.data.shards import Corpus, Progress, default_directory, prepare, source_identity
@@ -60,6 +61,9 @@ def prepare_data(
     if is_new:
         say(f"preparing '{data.source}' in {directory}")
     corpus = prepare(data, loaded, directory, progress, should_stop, patience)
+    invalid = corpus.invalid_bytes() if is_new else None
+    if invalid is not None:
+        say(describe_invalid(invalid))
     if verify and not is_new:
         corpus.verify()
     return Prepared(corpus, loaded)

@@ -21,7 +21,8 @@ class DataSettings(Settings):
         max_documents: Read at most this many documents of each split that the source stores.
         max_tokens: Stop the training split at the document that reaches this many tokens.
         sequence_length: Targets per training window, T.
-        encoding_errors: ``strict`` refuses bytes that are not UTF-8; ``replace`` reads them as U+FFFD.
+        encoding_errors: ``strict`` refuses bytes that are not UTF-8; ``replace`` reads them as U+FFFD;
+            ``skip`` leaves such documents out.
         cache: Folder that prepared corpora go to; by default ``$XDG_CACHE_HOME/ternlm/data``.
         revision: Branch, tag or commit of a dataset on the hub; by default the newest.
         retry_for: Give up after a dataset could not be read for this long, e.g. ``2h``; by default never.
@@ -39,7 +40,7 @@ class DataSettings(Settings):
     max_documents: Count | None = None
     max_tokens: Count | None = None
     sequence_length: Count = 256
-    encoding_errors: Literal["strict", "replace"] = "strict"
+    encoding_errors: Literal["strict", "replace", "skip"] = "strict"
     cache: str | None = None
     revision: str | None = None
     retry_for: Seconds | None = None

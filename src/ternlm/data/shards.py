@@ -24,6 +24,7 @@ import numpy as np
 import ternlm
 from ternlm.data.catalog import SPLITS, is_local, open_streams
 from ternlm.data.corpus import (
+    INVALID,
     LARGEST_MANIFEST,
     MANIFEST,
     SCHEMA,
@@ -34,6 +35,7 @@ from ternlm.data.corpus import (
     seal,
     token_dtype,
 )
+from ternlm.data.decoding import Decoder
 from ternlm.data.documents import batches, find_files
 from ternlm.data.reader import Patience
 from ternlm.data.settings import DataSettings
@@ -98,9 +100,11 @@ def prepare(
             or is being prepared by another process.
         Interrupted: `should_stop` said so; what was done is kept and the next call goes on from there.
     """
+    identity = _identity(data, tokenizer)
     try:
+        if (directory / MANIFEST).exists():  # whoever finished it needs no lock any more, and neither do readers
+            return _open_finished(directory, identity)
         with _locked(directory):
-            identity = _identity(data, tokenizer)
             if (directory / MANIFEST).exists():
                 return _open_finished(directory, identity)
             _Preparation(data, tokenizer, directory, identity, patience).run(progress, should_stop)
@@ -132,6 +136,7 @@ class _Preparation:
         patience: Patience | None = None,
     ):
         self.patience = patience
+        self.decoder = Decoder(data.encoding_errors)
         self.data = data
         self.tokenizer = tokenizer
         self.directory = directory
@@ -148,7 +153,7 @@ class _Preparation:
 
     def run(self, progress: Callable[[Progress], None] | None, should_stop: Callable[[], bool]) -> None:
         try:
-            streams = list(open_streams(self.data, self.patience).values())
+            streams = list(open_streams(self.data, self.patience, self.decoder).values())
             while self.stream < len(streams):
                 self._write_stream(streams[self.stream](), progress, should_stop)
                 self.stream, self.consumed = self.stream + 1, 0
@@ -226,6 +231,7 @@ class _Preparation:
                 f"'{self.data.source}' leaves no training documents. Add text or raise data.max_documents "
                 "or data.max_tokens."
             )
+        self._record_invalid()
         tokenizer = self.tokenizer
         manifest = {
             "schema": SCHEMA,
@@ -243,7 +249,15 @@ class _Preparation:
             "splits": {name: writer.finish() for name, writer in self.writers.items()},
         }
         replace_durably(self.directory / MANIFEST, to_json(manifest | {"sha256": seal(manifest)}))
-        (self.directory / _STATE).unlink()
+        (self.directory / _STATE).unlink(missing_ok=True)
+
+    def _record_invalid(self) -> None:
+        """What was no UTF-8; documents of an earlier sitting were read again, and count as often."""
+        found = self.decoder.found()
+        if found is not None:
+            replace_durably(self.directory / INVALID, to_json(found))
+        else:
+            (self.directory / INVALID).unlink(missing_ok=True)
 
     def _continue(self, state: dict[str, Any]) -> None:
         self.stream = int(state.get("stream", 0))
@@ -307,8 +321,7 @@ def _open_finished(directory: Path, identity: str) -> Corpus:
             f"{directory} holds a corpus of another source, tokenizer or data settings. "
             "Choose another folder, or delete this one."
         )
-    if (directory / _STATE).exists():  # left by a process that ended right after it wrote the manifest
-        (directory / _STATE).unlink()
+    (directory / _STATE).unlink(missing_ok=True)  # left by a process that ended right after it wrote the manifest
     return load_corpus(directory)
 
 
