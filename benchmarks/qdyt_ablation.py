@@ -32,7 +32,8 @@ from ternlm.data.masking import MaskingSettings
 from ternlm.data.preparation import prepare_data
 from ternlm.data.settings import DataSettings
 from ternlm.evaluation.analysis import held_out_batches
-from ternlm.evaluation.evaluate import evaluate, token_counts
+from ternlm.evaluation.baselines import token_counts
+from ternlm.evaluation.evaluate import evaluate
 from ternlm.evaluation.masked import masked_baselines, masking_of
 from ternlm.evaluation.sensitivity import target_losses
 from ternlm.evaluation.untouched import untouched

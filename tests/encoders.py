@@ -36,6 +36,7 @@ class TableEncoder(nn.Module):
 
     compute_dtype = torch.float32
     is_causal = False
+    is_recurrent = False
 
     def __init__(self, table: Tensor, context: float = 0.0) -> None:
         super().__init__()

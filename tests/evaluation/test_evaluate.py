@@ -14,7 +14,8 @@ import torch
 from builders import VALIDATION, tiny_bitnet, tiny_corpus
 from ternlm.data.preparation import Prepared
 from ternlm.errors import Interrupted, TokenizerError
-from ternlm.evaluation.evaluate import evaluate, token_counts, unigram_bpb
+from ternlm.evaluation.baselines import token_counts, unigram_bpb
+from ternlm.evaluation.evaluate import evaluate
 from ternlm.models import FULL_PRECISION, LanguageModel, Output, QuantizationMode
 from ternlm.tokenizers import ByteTokenizer, TokenizerSettings
 
@@ -27,6 +28,7 @@ class TableModel(torch.nn.Module):
 
     compute_dtype = torch.float32
     is_causal = True
+    is_recurrent = False
 
     def __init__(self, table: torch.Tensor) -> None:
         super().__init__()

@@ -16,7 +16,8 @@ from ternlm.data.masking import MaskingSettings
 from ternlm.data.preparation import Prepared
 from ternlm.data.windows import MaskedWindows
 from ternlm.errors import DataError, SettingsError, TokenizerError
-from ternlm.evaluation.evaluate import evaluate, token_counts
+from ternlm.evaluation.baselines import token_counts
+from ternlm.evaluation.evaluate import evaluate
 from ternlm.evaluation.masked import masked_baselines, masking_of, pseudo_likelihood
 from ternlm.evaluation.samples import sample_modes
 from ternlm.evaluation.settings import EvaluationSettings

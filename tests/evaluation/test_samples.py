@@ -15,10 +15,9 @@ import torch
 
 from builders import tiny_bitnet, tiny_corpus, tiny_settings, tiny_trainer
 from ternlm.errors import SettingsError
-from ternlm.evaluation import samples as module
-from ternlm.evaluation.samples import repetition, sample_modes
+from ternlm.evaluation.samples import sample_modes
 from ternlm.evaluation.settings import EvaluationSettings
-from ternlm.generation import SamplingSettings, generate
+from ternlm.generation import SamplingSettings, generate, row_seed
 from ternlm.models import LanguageModel
 from ternlm.run_directory import read_jsonl
 from ternlm.tokenizers import ByteTokenizer
@@ -67,9 +66,7 @@ def test_every_prompt_is_continued_in_every_mode() -> None:
 def test_the_modes_are_those_of_the_documentation(
     mode: str, values: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "ternlm.generation.decode.row_seed", lambda prompt, n, seed: module.row_seed(prompt, mode, seed)
-    )
+    monkeypatch.setattr("ternlm.generation.decode.row_seed", lambda prompt, n, seed: row_seed(prompt, mode, seed))
     settings = SamplingSettings.from_mapping({"max_new_tokens": 14, "seed": 7, **values})
     expected = [sample.ids for sample in generate(model(), BYTE, SETTINGS.prompts, settings)]
     assert [row["generated_ids"] for row in sampled() if row["mode"] == mode] == expected
@@ -85,7 +82,7 @@ def test_a_row_does_not_depend_on_its_neighbours_nor_on_how_many_are_drawn_toget
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     together = without_floats(sampled())
-    monkeypatch.setattr(module, "_AT_A_TIME", 4)
+    monkeypatch.setattr("ternlm.evaluation.samples.AT_A_TIME", 4)
     assert without_floats(sampled()) == together
     alone = [without_floats(sampled(sample_modes=(row["mode"],), prompts=(row["prompt"],)))[0] for row in together]
     assert alone == together
@@ -167,41 +164,6 @@ def test_a_sample_that_ends_at_once_has_one_position_and_no_shares() -> None:
     (alone,) = sample_modes(model(), Silent(), settings.model_copy(update={"prompts": ("The fox",)}), 0)
     assert len(row["logits_first_10"]) == 1
     assert row["mean_entropy"] == row["mean_entropy_10"] == pytest.approx(alone["mean_entropy"], abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("raw", "valid"),
-    [
-        ("naïve 🙂".encode(), True),
-        ("naïve 🙂".encode()[:-1], True),
-        ("naïve 🙂".encode()[:-3], True),
-        (b"na\xc3ve", False),
-        (b"\x80", False),
-        (b"\xc0\xaf", False),
-        (b"\xed\xa0\x80", False),
-        ("🙂".encode()[:3] + b"a", False),
-    ],
-)
-def test_bytes_are_utf8_where_only_the_last_character_may_be_cut_off(raw: bytes, valid: bool) -> None:
-    assert module.is_utf8(raw) is valid
-
-
-def test_repetition_of_known_texts() -> None:
-    assert repetition([1, 1, 1, 2, 1, 2]) == {
-        "total_tokens": 6,
-        "unique_tokens": 2,
-        "max_repetition": 4,
-        "repetition_frac": 4 / 6,
-        "distinct_1": 2 / 6,
-        "distinct_2": 3 / 5,
-        "distinct_3": 4 / 4,
-        "seq_rep_4": 0,
-        "longest_run": 3,
-    }
-    looping = repetition([1, 2, 3] * 5)
-    assert (looping["seq_rep_4"], looping["distinct_3"], looping["longest_run"]) == (1 - 3 / 12, 3 / 13, 1)
-    short = repetition([5, 5, 6])
-    assert (short["distinct_3"], short["seq_rep_4"]) == (1, None)
 
 
 @pytest.mark.parametrize(

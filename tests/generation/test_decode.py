@@ -34,6 +34,7 @@ class Scripted(torch.nn.Module):
     """Says the same bytes after every prompt, one per step, whatever it is given."""
 
     compute_dtype = torch.float32
+    is_recurrent = False
 
     def __init__(self, script: list[int]) -> None:
         super().__init__()
@@ -44,11 +45,11 @@ class Scripted(torch.nn.Module):
     def initial_state(self, batch_size: int) -> int:
         return 0
 
-    def forward(self, tokens: torch.Tensor, state: int, lengths: torch.Tensor | None = None) -> Output:
+    def forward(self, tokens: torch.Tensor, state: int, lengths: Any = None, scored: Any = None) -> Output:
         self.calls.append(tuple(tokens.shape))
         logits = torch.zeros(*tokens.shape, 256)
         logits[..., self.script[state % len(self.script)]] = 9.0
-        return Output(logits, state + 1, {})
+        return Output(logits if scored is None else logits[scored], state + 1, {})
 
 
 def test_greedy_generation_equals_full_passes() -> None:
@@ -116,9 +117,9 @@ def test_requests_of_different_lengths_and_rules_are_continued_as_if_alone() -> 
 
 def test_ids_that_the_tokenizer_does_not_have_are_never_drawn() -> None:
     class Padded(Scripted):
-        def forward(self, tokens: torch.Tensor, state: int, lengths: torch.Tensor | None = None) -> Output:
-            made = super().forward(tokens, state, lengths)
-            beyond = torch.full((*tokens.shape, 8), 20.0)
+        def forward(self, tokens: torch.Tensor, state: int, lengths: Any = None, scored: Any = None) -> Output:
+            made = super().forward(tokens, state, lengths, scored)
+            beyond = torch.full((*made.logits.shape[:-1], 8), 20.0)
             return Output(torch.cat([made.logits, beyond], dim=-1), made.state, {})
 
     settings = SamplingSettings(temperature=0, max_new_tokens=3)
@@ -131,17 +132,18 @@ def test_a_text_ends_at_eos_which_is_not_part_of_it() -> None:
     assert sample.text == "Hé" and sample.finished and sample.ids == list("Hé".encode())
 
 
-def test_streamed_tokens_are_those_of_greedy_generation_and_stop_at_eos() -> None:
+def test_streamed_tokens_are_those_of_generation_and_stop_at_eos() -> None:
     made = model()
     (sample,) = generate(made, BYTE, ["The fox"], GREEDY)
-    assert list(stream(made, BYTE, encode_prompt(BYTE, "The fox"), GREEDY)) == sample.ids
-    assert list(stream(Scripted([65, 66, 255, 67]), BYTE, [1], GREEDY)) == [65, 66]  # type: ignore[arg-type]
+    assert list(stream(made, BYTE, Request("The fox", GREEDY, 0))) == sample.ids
+    assert list(stream(Scripted([65, 66, 255, 67]), BYTE, Request("x", GREEDY, 0))) == [65, 66]  # type: ignore[arg-type]
 
 
 def test_g06_characters_are_printed_when_their_last_byte_arrives() -> None:
     raw = "aé🙂b".encode()
     decoder = BYTE.stream()
-    printed = [decoder.feed(token) for token in stream(Scripted([*raw, 255]), BYTE, [1], GREEDY)]  # type: ignore[arg-type]
+    tokens = stream(Scripted([*raw, 255]), BYTE, Request("x", GREEDY, 0))  # type: ignore[arg-type]
+    printed = [decoder.feed(token) for token in tokens]
     assert printed == ["a", "", "é", "", "", "", "🙂", "b"]
     assert decoder.finish() == ""
 

@@ -211,5 +211,5 @@ def _watch_input(module: nn.Module, inputs: tuple[Any, ...], site: Site) -> None
     site.add(inputs[0], None, None)
 
 
-def _watch_output(module: nn.Module, inputs: tuple[Any, ...], output: Tensor, site: Site) -> None:
-    site.add(output, None, None)
+def _watch_output(module: nn.Module, inputs: tuple[Any, ...], output: Any, site: Site) -> None:
+    site.add(output[0] if isinstance(output, tuple) else output, None, None)

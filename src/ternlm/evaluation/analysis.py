@@ -14,7 +14,8 @@ from ternlm.data.corpus import TokenStream
 from ternlm.data.masking import MaskingSettings
 from ternlm.data.windows import build_windows
 from ternlm.evaluation.activations import analyze_activations
-from ternlm.evaluation.evaluate import require_fitting, scored_batches
+from ternlm.evaluation.evaluate import require_fitting
+from ternlm.evaluation.protocols import scored_batches
 from ternlm.evaluation.sensitivity import measure_sensitivity
 from ternlm.evaluation.timing import measure_time
 from ternlm.evaluation.weights import analyze_matrices, analyze_skips

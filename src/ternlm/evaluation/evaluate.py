@@ -1,31 +1,47 @@
 """Loss, perplexity, bits per byte and accuracies of a model on held-out text.
 
-Of a causal model every target of the text is scored exactly once, in consecutive windows (protocol `block`). Of an
-encoder every token lies in exactly one window, and those are scored that its mask hides (protocol `masked`), which
-is a pure function of the text. Sums are float64 and weighted by tokens, so the result depends neither on the batch
-size nor on its order. The weights are the quantized ones, which are the model.
+Of a causal model every target of the text is scored exactly once: in consecutive windows (protocol `block`), or with
+its memory carried through each document (`stream`). Of an encoder every token lies in exactly one window, and those
+are scored that its mask hides (protocol `masked`), which is a pure function of the text. Sums are float64 and weighted
+by tokens, so the result depends neither on the batch size nor on its order. The weights are the quantized ones, which
+are the model. How a text is read is left to `protocols`, what is added up to `sums`.
 """
 
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ternlm.data.batch import IGNORED, Batch
+from ternlm.data.batch import Batch
 from ternlm.data.corpus import TokenStream
-from ternlm.data.loader import evaluation_batches
 from ternlm.data.masking import KINDS, MaskingSettings
-from ternlm.data.windows import build_windows
-from ternlm.errors import DataError, TokenizerError
+from ternlm.errors import TokenizerError
+from ternlm.evaluation.protocols import Protocol, Reading, end_of_whole_documents, readings, require_streamable
+from ternlm.evaluation.sums import Sums
 from ternlm.models import LanguageModel
 from ternlm.models.prediction import predict
 from ternlm.tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class DocumentScores:
+    """What single documents cost, in the order of the text.
+
+    Attributes:
+        nats: Of the targets that emit text, float64 (documents,).
+        bytes: Raw UTF-8 bytes, int64 (documents,).
+        text_id: Identity of the documents and their order: equal for every tokenizer.
+    """
+
+    nats: np.ndarray
+    bytes: np.ndarray
+    text_id: str
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,7 @@ class EvaluationResult:
             exactly if text, windows and masks are. None of a causal model.
         mask_accuracy, random_accuracy, kept_accuracy: Of an encoder, accuracy at the targets where it reads the
             mask token, a random token, the target itself; None where there are none.
+        documents: Of a causal model, what single documents cost; no part of the record.
     """
 
     loss: float
@@ -75,10 +92,11 @@ class EvaluationResult:
     mask_accuracy: float | None = None
     random_accuracy: float | None = None
     kept_accuracy: float | None = None
+    documents: DocumentScores | None = field(default=None, repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """The result as JSON values; what only an encoder has is left out for other models."""
-        values = asdict(self)
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.name != "documents"}
         if self.mask_id is None:
             for name in ("mask_id", *(f"{kind}_accuracy" for kind in KINDS)):
                 del values[name]
@@ -95,6 +113,7 @@ def evaluate(
     max_tokens: int | None = None,
     check: Callable[[], None] = lambda: None,
     masking: MaskingSettings | None = None,
+    protocol: Protocol = "block",
 ) -> EvaluationResult:
     """Score a split.
 
@@ -103,14 +122,16 @@ def evaluate(
         stream: The tokens.
         tokenizer: The one that made them.
         sequence_length: Tokens that the model reads per window.
-        batch_size: Windows per forward pass; has no effect on the result.
+        batch_size: Windows per forward pass, or documents side by side; has no effect on the result.
         max_tokens: Score only the whole documents within the first so many tokens (at least one).
         check: Called before each batch; may raise to stop.
         masking: How tokens are hidden from an encoder; None for a causal model.
+        protocol: ``block``, or ``stream`` for a model whose memory holds the documents.
 
     Raises:
         TokenizerError: The tokenizer's ids do not fit the model.
-        SettingsError: It has no mask token, and the model is an encoder.
+        SettingsError: It has no mask token, and the model is an encoder; or the model or the tokenizer does not suit
+            the protocol.
         DataError: The split holds nothing to score.
     """
     if model.is_causal != (masking is None):
@@ -118,21 +139,26 @@ def evaluate(
     require_fitting(model, tokenizer)
     device = next(model.parameters()).device
     last = end_of_whole_documents(stream, max_tokens)
-    sums, masks = _Sums(tokenizer, device), MaskDigest()
+    if protocol == "stream":
+        require_streamable(model, stream, tokenizer, last)
+    scored_documents = int(np.searchsorted(stream.document_ends, last, side="right"))
+    sums, masks = Sums(tokenizer, device, scored_documents), MaskDigest()
+    memory: Any = None
     was_training = model.training
     model.eval()
     started = time.perf_counter()
     try:
-        for batch in scored_batches(stream, tokenizer, sequence_length, batch_size, last, masking):
+        for reading in readings(stream, tokenizer, sequence_length, batch_size, last, protocol, masking):
             check()
-            masks.add(batch)
-            placed = batch.to(device)
-            sums.add(predict(model, placed.tokens, placed.targets).logits, placed)
+            masks.add(reading.batch)
+            placed = reading.batch.to(device)
+            logits, memory = _read(model, placed, reading, memory)
+            sums.add(logits, placed, reading.documents)
     finally:
         model.train(was_training)
     seconds = time.perf_counter() - started
     loss = sums.nll / sums.targets
-    n_bytes = _text_bytes(stream, tokenizer, last, sums) if masking is None else None
+    n_bytes = _text_bytes(stream, tokenizer, protocol, sums) if masking is None else None
     bpb = sums.text_nll / (math.log(2) * n_bytes) if n_bytes else None
     return EvaluationResult(
         loss=loss,
@@ -148,46 +174,15 @@ def evaluate(
         tokens_per_sec=sums.tokens / max(seconds, 1e-9),
         eval_id=hashlib.sha256(f"{stream.eval_id}|{last}".encode()).hexdigest()[:16],
         split=stream.name,
-        protocol="block" if masking is None else "masked",
+        protocol=protocol if masking is None else "masked",
         sequence_length=sequence_length,
         weights="quantized" if any(layer.mode.weights != "none" for layer in model.bit_linears().values()) else "full",
         dtype=str(model.compute_dtype).removeprefix("torch."),
         wall_s=seconds,
         mask_id=None if masking is None else masks.hexdigest(),
+        documents=_document_scores(stream, sums) if masking is None else None,
         **(sums.accuracy_by_kind() if masking is not None else {}),
     )
-
-
-def scored_batches(
-    stream: TokenStream,
-    tokenizer: Tokenizer,
-    sequence_length: int,
-    batch_size: int,
-    last: int,
-    masking: MaskingSettings | None = None,
-) -> Iterator[Batch]:
-    """The batches of an evaluation, on the CPU; what is hidden in a window follows from the text's identity.
-
-    Args:
-        stream: The tokens.
-        tokenizer: The one that made them.
-        sequence_length: Tokens that the model reads per window.
-        batch_size: Windows per batch.
-        last: End of the part of the stream that is scored.
-        masking: How tokens are hidden; None for targets of a causal model.
-
-    Raises:
-        SettingsError: The tokenizer has no mask token.
-        DataError: There is nothing to score.
-    """
-    windows = build_windows(masking, tokenizer, sequence_length, stream.eval_id)
-    targets = 0
-    for batch in evaluation_batches(stream, batch_size, windows, last - windows.overlap):
-        targets += batch.num_targets
-        if batch.num_targets:  # the last window may hold nothing but markers
-            yield batch
-    if not targets:
-        raise DataError(f"the {stream.name} split holds only special tokens: nothing to score. Give other text.")
 
 
 class MaskDigest:
@@ -209,30 +204,6 @@ class MaskDigest:
         return self._digest.hexdigest()[:16]
 
 
-def unigram_bpb(stream: TokenStream, counts: np.ndarray, tokenizer: Tokenizer) -> float | None:
-    """Bits per byte of a model that knows only how often each token occurs (add-one counts).
-
-    Args:
-        stream: The text to score, all of it.
-        counts: Occurrences in the training text, (vocab_size,).
-        tokenizer: Tells which tokens are text.
-    """
-    is_text = tokenizer.token_bytes() > 0
-    smoothed = (counts + 1.0) * is_text
-    nats = -np.log(np.where(is_text, smoothed / smoothed.sum(), 1.0))
-    seen = token_counts(stream, tokenizer.vocab_size)
-    return float((seen * nats).sum() / (math.log(2) * stream.bytes)) if stream.bytes else None
-
-
-def token_counts(stream: TokenStream, vocab_size: int, chunk: int = 1 << 22) -> np.ndarray:
-    """Occurrences of each token in a stream, int64 (vocab_size,)."""
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for start in range(0, len(stream), chunk):
-        part = stream.read(start, min(start + chunk, len(stream)))
-        counts += np.bincount(part, minlength=vocab_size)
-    return counts
-
-
 def require_fitting(model: LanguageModel, tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer with more ids than the model knows.
 
@@ -247,61 +218,34 @@ def require_fitting(model: LanguageModel, tokenizer: Tokenizer) -> None:
         )
 
 
-class _Sums:
-    """Running sums over targets, in float64 on the device until they are read."""
-
-    def __init__(self, tokenizer: Tokenizer, device: torch.device) -> None:
-        self._token_bytes = torch.from_numpy(tokenizer.token_bytes()).to(device)
-        self._unk = tokenizer.unk_id
-        self.nll = self.text_nll = 0.0
-        self.targets = self.tokens = self.text_bytes = self.unknown = 0
-        self.hits = [0, 0, 0]
-        self.by_kind = {name: [0, 0] for name in KINDS}  # right, all
-
-    def add(self, logits: Tensor, batch: Batch) -> None:
-        scored = batch.targets != IGNORED
-        wanted, logits = batch.targets[scored], (logits[scored] if logits.dim() == 3 else logits).float()
-        nll = torch.nn.functional.cross_entropy(logits, wanted, reduction="none").double()
-        lengths = self._token_bytes[wanted]
-        # Ties count for the lowest id, as argmax does.
-        own = logits.gather(1, wanted[:, None])
-        ids = torch.arange(logits.shape[1], device=logits.device)
-        ahead = ((logits > own) | ((logits == own) & (ids < wanted[:, None]))).sum(dim=1)
-        self.nll += nll.sum().item()
-        self.text_nll += nll[lengths > 0].sum().item()
-        self.text_bytes += int(lengths.sum())
-        self.unknown += int((wanted == self._unk).sum()) if self._unk is not None else 0
-        self.targets += wanted.numel()
-        self.tokens += batch.num_tokens
-        if batch.kinds is not None:
-            for name, kind in KINDS.items():
-                of_kind = batch.kinds[scored] == kind
-                self.by_kind[name][0] += int((ahead[of_kind] == 0).sum())
-                self.by_kind[name][1] += int(of_kind.sum())
-        self.hits = [hit + int((ahead < k).sum()) for hit, k in zip(self.hits, (1, 5, 10), strict=True)]
-
-    def accuracy_by_kind(self) -> dict[str, float | None]:
-        return {f"{name}_accuracy": right / count if count else None for name, (right, count) in self.by_kind.items()}
+def text_id(stream: TokenStream, documents: int) -> str:
+    """Identity of the first documents of a stream: equal exactly if their bytes and their order are."""
+    return hashlib.sha256(stream.document_hashes[:documents].tobytes()).hexdigest()[:16]
 
 
-def end_of_whole_documents(stream: TokenStream, max_tokens: int | None) -> int:
-    """One past the last token of the documents that end within so many tokens, of the first if none does."""
-    if max_tokens is None or max_tokens >= len(stream):
-        return len(stream)
-    ends = stream.document_ends
-    fitting = ends[ends <= max_tokens]
-    return int(fitting[-1] if len(fitting) else ends[0])
+def _read(model: LanguageModel, batch: Batch, reading: Reading, memory: Any) -> tuple[Tensor, Any]:
+    """Logits of a pass, and what the model remembers after it."""
+    if reading.lengths is None:
+        return predict(model, batch.tokens, batch.targets).logits, None
+    if reading.is_first:
+        memory = model.initial_state(len(batch.tokens))
+    output = model(batch.tokens, memory, reading.lengths.to(batch.tokens.device))
+    return output.logits, output.state
 
 
-def _text_bytes(stream: TokenStream, tokenizer: Tokenizer, last: int, sums: _Sums) -> int | None:
+def _text_bytes(stream: TokenStream, tokenizer: Tokenizer, protocol: Protocol, sums: Sums) -> int | None:
     """Raw bytes of the scored text: from the tokens where they tell, else from whole documents."""
     if sums.unknown:
         return None
     if tokenizer.lossless:
         return sums.text_bytes
-    documents = int(np.searchsorted(stream.document_ends, last, side="right"))
-    whole = int(stream.document_bytes[:documents].sum())
-    if tokenizer.bos_id is not None:
+    whole = int(stream.document_bytes[: len(sums.by_document)].sum())
+    if tokenizer.bos_id is not None or protocol == "stream":
         return whole
-    first = int(stream.read(0, 1)[0])  # without BOS the first token is context only
+    first = int(stream.read(0, 1)[0])  # without BOS the first token of a block is context only
     return whole - int(tokenizer.token_bytes()[first]) + tokenizer.prefix_bytes
+
+
+def _document_scores(stream: TokenStream, sums: Sums) -> DocumentScores:
+    count = len(sums.by_document)
+    return DocumentScores(sums.by_document, stream.document_bytes[:count], text_id(stream, count))

@@ -13,7 +13,8 @@ from ternlm.data.batch import IGNORED
 from ternlm.data.corpus import TokenStream
 from ternlm.data.masking import MaskingSettings
 from ternlm.data.windows import require_mask_token
-from ternlm.evaluation.evaluate import end_of_whole_documents, require_fitting, scored_batches
+from ternlm.evaluation.evaluate import require_fitting
+from ternlm.evaluation.protocols import end_of_whole_documents, scored_batches
 from ternlm.models import LanguageModel
 from ternlm.models.prediction import predict
 from ternlm.tokenizers import Tokenizer

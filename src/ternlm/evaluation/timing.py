@@ -102,7 +102,8 @@ def _backward(model: LanguageModel, batch: Batch, clock: Clock) -> list[float]:
         inputs[0].register_hook(partial(mark, edge=edge))
 
     def watch_output(module: Any, inputs: Any, output: Any) -> None:
-        output.register_hook(partial(mark, edge=len(blocks)))
+        stream = output[0] if isinstance(output, tuple) else output
+        stream.register_hook(partial(mark, edge=len(blocks)))
 
     hooks = [block.register_forward_pre_hook(partial(watch_input, edge=edge)) for edge, block in enumerate(blocks)]
     hooks.append(blocks[-1].register_forward_hook(watch_output))

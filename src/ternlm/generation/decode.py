@@ -1,13 +1,14 @@
-"""Generating text: prefill the prompts, then one token at a time through the model's state."""
+"""Generating text: the prompts are read, then one token at a time is drawn and read in turn."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ternlm.errors import SettingsError
-from ternlm.generation.sampling import SamplingSettings, row_seed, sample_each
+from ternlm.generation.reader import Reader, evaluating
+from ternlm.generation.sampling import SamplingSettings, row_seed, sample_each, sample_next
 from ternlm.generation.trace import Trace
 from ternlm.models import LanguageModel
 from ternlm.tokenizers import Tokenizer
@@ -51,10 +52,15 @@ def generate(
     Equal prompts get different draws, numbered by their occurrence. The global random state is
     neither read nor changed.
     """
-    occurrence = [list(prompts[:i]).count(prompt) for i, prompt in enumerate(prompts)]
-    seeds = [row_seed(prompt, n, settings.seed) for prompt, n in zip(prompts, occurrence, strict=True)]
-    requests = [Request(prompt, settings, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
-    return continue_all(model, tokenizer, requests)
+    return continue_all(model, tokenizer, list(numbered(prompts, settings)))
+
+
+def numbered(prompts: Iterable[str], settings: SamplingSettings) -> Iterator[Request]:
+    """A request for each prompt; its seed follows from the prompt and from how often it has occurred before."""
+    occurrences: Counter[str] = Counter()
+    for prompt in prompts:
+        yield Request(prompt, settings, row_seed(prompt, occurrences[prompt], settings.seed))
+        occurrences[prompt] += 1
 
 
 def continue_all(
@@ -68,13 +74,13 @@ def continue_all(
         requests: Decoded together.
         trace: Notes every position that is drawn. Those of a row are its ids and, if it finished, EOS.
     """
+    if not requests:
+        return []
     encoded = [encode_prompt(tokenizer, request.prompt) for request in requests]
-    generators = [torch.Generator().manual_seed(request.seed) for request in requests]
     outputs: list[list[int]] = [[] for _ in requests]
     finished = [False] * len(requests)
-    settings = [request.settings for request in requests]
-    for tokens in _decode(model, tokenizer, encoded, settings, generators, trace):
-        for row, token in enumerate(tokens.tolist()):
+    for tokens in _decode(model, tokenizer, encoded, requests, trace):
+        for row, token in enumerate(tokens):
             if finished[row] or len(outputs[row]) == requests[row].settings.max_new_tokens:
                 continue
             if token == tokenizer.eos_id:
@@ -89,16 +95,50 @@ def continue_all(
     ]
 
 
-def stream(
-    model: LanguageModel, tokenizer: Tokenizer, prompt_ids: Sequence[int], settings: SamplingSettings
-) -> Iterator[int]:
-    """Tokens of one continuation as they are drawn, up to but without EOS."""
-    generator = torch.Generator().manual_seed(row_seed(str(list(prompt_ids)), 0, settings.seed))
-    for tokens in _decode(model, tokenizer, [list(prompt_ids)], [settings], [generator]):
-        token = int(tokens[0])
-        if token == tokenizer.eos_id:
-            return
-        yield token
+def stream(model: LanguageModel, tokenizer: Tokenizer, request: Request) -> Iterator[int]:
+    """Tokens of one continuation as they are drawn, up to but without EOS: those that `continue_all` returns."""
+    text = GrowingText(model, tokenizer)
+    text.add(encode_prompt(tokenizer, request.prompt))
+    yield from text.draw(request.settings, request.seed)
+
+
+class GrowingText:
+    """One text that its reader and the model write in turns; nothing is read twice that still fits into the memory.
+
+    Args:
+        model: Used in evaluation mode while it draws.
+        tokenizer: The model's.
+    """
+
+    def __init__(self, model: LanguageModel, tokenizer: Tokenizer) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._reader = Reader(model, tokenizer.vocab_size, 1)
+        self._unread: list[int] = []
+
+    def add(self, ids: Sequence[int]) -> None:
+        """Put tokens behind what is there."""
+        self._unread.extend(ids)
+
+    @torch.no_grad()
+    def draw(self, settings: SamplingSettings, seed: int) -> Iterator[int]:
+        """Tokens that the model puts behind what is there, up to but without EOS; one may stop at any of them.
+
+        Where the model has ended the text with EOS, there are none until something is added.
+
+        Args:
+            settings: How tokens are chosen; `seed` stands in for theirs.
+            seed: Decides the draws.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        with evaluating(self._model):
+            for _ in range(settings.max_new_tokens if self._unread else 0):
+                logits = self._reader.read([self._unread])[:, : self._tokenizer.vocab_size]
+                self._unread = []
+                token = int(sample_next(logits, self._reader.seen, settings, [generator]))
+                if token == self._tokenizer.eos_id:
+                    return
+                self._unread = [token]
+                yield token
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
@@ -120,50 +160,21 @@ def _decode(
     model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: list[list[int]],
-    settings: list[SamplingSettings],
-    generators: list[torch.Generator],
-    trace: Trace | None = None,
-) -> Iterator[Tensor]:
-    """(batch,) tokens per step. When the context of a row is full, its later half is read again."""
-    device = next(model.parameters()).device
-    capacity = model.settings.max_position_embeddings
-    vocab_size = tokenizer.vocab_size  # a model may know more ids, which no text has
-    windows = [list(prompt[-(capacity - 1) :]) for prompt in prompts]
-    seen = torch.zeros(len(prompts), vocab_size, dtype=torch.bool, device=device)
-    for row, prompt in enumerate(prompts):
-        seen[row, prompt] = True
-    was_training = model.training
-    model.eval()
-    try:
-        logits, state = _prefill(model, windows, device)
-        for remaining in range(max(each.max_new_tokens for each in settings) - 1, -1, -1):
+    requests: Sequence[Request],
+    trace: Trace | None,
+) -> Iterator[list[int]]:
+    """The next token of each row, step by step."""
+    settings = [request.settings for request in requests]
+    generators = [torch.Generator().manual_seed(request.seed) for request in requests]
+    reader, rows = Reader(model, tokenizer.vocab_size, len(prompts)), prompts
+    with evaluating(model):
+        for _ in range(max(each.max_new_tokens for each in settings)):
+            logits = reader.read(rows)
             if trace is not None:
                 trace.add(logits)
-            tokens = sample_each(logits[:, :vocab_size], seen, settings, generators)
-            seen[torch.arange(len(prompts), device=device), tokens] = True
-            for ids, token in zip(windows, tokens.tolist(), strict=True):
-                ids.append(token)
+            tokens = sample_each(logits[:, : tokenizer.vocab_size], reader.seen, settings, generators).tolist()
             yield tokens
-            if not remaining:
-                return
-            if any(len(ids) > capacity for ids in windows):
-                windows = [ids[-(capacity // 2) :] if len(ids) > capacity else ids for ids in windows]
-                logits, state = _prefill(model, windows, device)
-            else:
-                output = model(tokens[:, None], state)
-                logits, state = output.logits[:, -1], output.state
-    finally:
-        model.train(was_training)
-
-
-def _prefill(model: LanguageModel, prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Any]:
-    """Logits after each prompt, and the state."""
-    lengths = torch.tensor([len(ids) for ids in prompts], device=device)
-    padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64, device=device)
-    for row, ids in enumerate(prompts):
-        padded[row, : len(ids)] = torch.tensor(ids, device=device)
-    output = model(padded, model.initial_state(len(prompts)), lengths)
-    return output.logits[torch.arange(len(prompts), device=device), lengths - 1], output.state
+            rows = [[token] for token in tokens]
 
 
 def _continuation(tokenizer: Tokenizer, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
