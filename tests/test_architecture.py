@@ -27,6 +27,7 @@ FLOORS = [
     {"evaluation", "export"},
     {"training"},
     {"recipes", "report", "benchmark"},
+    {"experiment"},
     {"cli"},
 ]
 FLOOR = {unit: number for number, units in enumerate(FLOORS) for unit in units}
@@ -54,6 +55,11 @@ TORCH_FREE = [
     "report.history",
     "report.analysis_pictures",
     "report.analysis_tables",
+    "report.comparison",
+    "report.comparison_picture",
+    "report.chunk_text",
+    "report.chunk_page",
+    "report.chunk_picture",
     "report.sweep",
     "report.sweep_text",
     "report.sweep_picture",
@@ -62,7 +68,12 @@ TORCH_FREE = [
     "training.sweep_record",
     "training.sweep_trials",
     "data",
+    "data.decoding",
+    "data.scripts",
     "recipes",
+    "experiment",
+    "experiment.stages",
+    "experiment.measuring",
     "cli",
 ]
 

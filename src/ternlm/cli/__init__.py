@@ -10,10 +10,12 @@ from ternlm.cli import (
     analyze,
     calibrate,
     chat,
+    compare,
     data,
     demo,
     doctor,
     evaluate,
+    experiment,
     fill,
     generate,
     inspect,
@@ -83,11 +85,13 @@ app.command("watch", hidden=True)(status.watch)
 app.command("runs", rich_help_panel=_START)(runs.runs)
 app.command("replay", rich_help_panel=_START)(replay.replay)
 app.command("sweep", rich_help_panel=_START)(sweep.sweep)
+app.command("experiment", rich_help_panel=_START)(experiment.experiment)
 app.command("plan", rich_help_panel=_START)(plan.plan)
 app.command("recipes", rich_help_panel=_START)(recipes.recipes)
 app.command("presets", hidden=True)(recipes.recipes)
 app.command("evaluate", rich_help_panel=_MODEL)(evaluate.evaluate)
 app.command("eval", hidden=True)(evaluate.evaluate)
+app.command("compare", rich_help_panel=_MODEL)(compare.compare)
 app.command("calibrate", rich_help_panel=_MODEL)(calibrate.calibrate)
 app.command("generate", rich_help_panel=_MODEL)(generate.generate)
 app.command("fill", rich_help_panel=_MODEL)(fill.fill)

@@ -28,6 +28,9 @@ def analyze(
     repeats: Annotated[int, typer.Option(min=0, help="Timed passes; 0 measures no time.")] = 5,
     backward: Annotated[bool, typer.Option("--backward", help="Time backward passes as well.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Every matrix, site and block, and every alarm.")] = False,
+    chunks: Annotated[
+        str | None, typer.Option(help="Show instead where a hierarchical model cuts this text.", metavar="TEXT")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder for analysis.json, tables (CSV) and pictures.")] = None,
     picture_format: Annotated[Literal["png", "svg", "both"], typer.Option("--format", help="Of the pictures.")] = "png",
     device: Device = "auto",
@@ -38,19 +41,26 @@ def analyze(
 
     Of each quantity the lowest, median and highest value are shown and where they are; what deserves a look is
     said in a sentence. Sites and the loss are measured on held-out text.
+
+    Example:  ternlm analyze latest --chunks "Once upon a time" --output chunks
     """
     from ternlm import checkpoint as checkpoints
+    from ternlm.cli.chunks import show_chunks
     from ternlm.device import choose_device, set_up
     from ternlm.run_directory import runs_root
 
     target = choose_device(device)
     set_up(target)
     loaded = checkpoints.load(checkpoints.resolve(checkpoint, runs_root(runs_dir)), target)
+    formats = ("png", "svg") if picture_format == "both" else (picture_format,)
+    if chunks is not None:
+        show_chunks(loaded, chunks, output, formats, as_json)
+        return
     stream = token_stream(loaded, data, split)
     measured = _measure(loaded, stream, (max_tokens, batch_size), (sensitivity, repeats, backward))
     record = _identity(loaded, stream, data) | measured
     if output is not None:
-        _write_folder(output, record, ("png", "svg") if picture_format == "both" else (picture_format,))
+        _write_folder(output, record, formats)
     if as_json:
         print_json(record)
         return
@@ -66,6 +76,7 @@ def _measure(
 
     from ternlm.evaluation.analysis import Wanted, held_out_batches
     from ternlm.evaluation.analysis import analyze as look_into
+    from ternlm.evaluation.chunks import has_chunks, measure_chunks
     from ternlm.training.interruption import Interruption
     from ternlm.training.objective import ObjectiveSettings
 
@@ -79,6 +90,8 @@ def _measure(
     with interruption.watched(), console.status("measuring") as line:
         report = lambda text: line.update(f"measuring {text}")  # noqa: E731
         measured = look_into(loaded.model, batches, Wanted(*wanted), interruption.check, report)
+        if has_chunks(loaded.model):
+            measured["chunks"] = measure_chunks(loaded.model, batches, loaded.tokenizer)
     tokens = sum(batch.tokens.numel() for batch in batches)
     return {"tokens": tokens, **measured}
 
@@ -106,8 +119,9 @@ def _write_folder(folder: Path, record: dict[str, Any], formats: tuple[str, ...]
     from ternlm.files import to_json
     from ternlm.report.analysis_pictures import draw_all
     from ternlm.report.analysis_tables import csv_rows
+    from ternlm.report.chunk_picture import draw_statistics
 
-    _write(folder / "analysis.json", to_json(record))
+    write(folder / "analysis.json", to_json(record))
     for kind, rows in csv_rows(record).items():
         if rows:
             text = io.StringIO()
@@ -115,15 +129,23 @@ def _write_folder(folder: Path, record: dict[str, Any], formats: tuple[str, ...]
             writer = csv.DictWriter(text, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-            _write(folder / f"{kind}.csv", text.getvalue().encode())
-    for name, figure in draw_all(record).items():
+            write(folder / f"{kind}.csv", text.getvalue().encode())
+    pictures = draw_all(record)
+    if "chunks" in record:
+        pictures["chunks"] = draw_statistics(record["chunks"])
+    for name, figure in pictures.items():
         for kind in formats:
             picture = io.BytesIO()
             figure.savefig(picture, format=kind, dpi=150)
-            _write(folder / f"{name}.{kind}", picture.getvalue())
+            write(folder / f"{name}.{kind}", picture.getvalue())
 
 
-def _write(file: Path, content: bytes) -> None:
+def write(file: Path, content: bytes) -> None:
+    """Replace a file, with its folder if that is missing.
+
+    Raises:
+        EnvironmentFault: It cannot be written.
+    """
     from ternlm.files import replace_durably
 
     try:
@@ -137,6 +159,7 @@ def _print(record: dict[str, Any], full: bool) -> None:
     from rich.console import Console
 
     from ternlm.report.analysis_tables import FULL_WIDTH, full_tables, sentences, summary_table
+    from ternlm.report.chunk_text import statistics_table
 
     console = Console(highlight=False)
     if full:
@@ -150,6 +173,9 @@ def _print(record: dict[str, Any], full: bool) -> None:
     )  # fmt: skip
     for table in full_tables(record) if full else [summary_table(record)]:
         console.print(table)
+        console.print()
+    if "chunks" in record:
+        console.print(statistics_table(record["chunks"]))
         console.print()
     for sentence in sentences(record, full):
         console.print(sentence, markup=False, soft_wrap=True)

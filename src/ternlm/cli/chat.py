@@ -1,9 +1,11 @@
 """`ternlm chat`: continue text interactively."""
 
+import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ternlm.cli.generate import speed
 from ternlm.cli.options import Checkpoint, Device, RunsDir
 from ternlm.errors import SettingsError
 
@@ -55,14 +57,21 @@ def chat(
 
 
 class Conversation:
-    """The text so far and the sampling settings in force."""
+    """The text so far, which the model reads once, and the sampling settings in force."""
 
     def __init__(self, loaded: "Loaded", max_new_tokens: int) -> None:
         from ternlm.generation import SamplingSettings
 
         self.loaded = loaded
         self.settings = SamplingSettings.from_mapping({"max_new_tokens": max_new_tokens})
+        self._reset()
+
+    def _reset(self) -> None:
+        from ternlm.generation import GrowingText
+
+        self.text = GrowingText(self.loaded.model, self.loaded.tokenizer)
         self.ids: list[int] = []
+        self.answers = 0
 
     def handle(self, line: str) -> None:
         """A command, or text to continue.
@@ -72,7 +81,7 @@ class Conversation:
         """
         word, _, value = line.strip().partition(" ")
         if word == "/reset":
-            self.ids = []
+            self._reset()
             typer.echo("context cleared")
         elif word == "/help":
             typer.echo(HELP)
@@ -93,15 +102,21 @@ class Conversation:
         typer.echo(f"{name} = {getattr(self.settings, name)}")
 
     def _continue(self, line: str) -> None:
-        from ternlm.generation import stream
+        from ternlm.generation import row_seed
         from ternlm.generation.decode import encode_prompt
+        from ternlm.tokenizers.interface import readable
 
-        model, tokenizer = self.loaded.model, self.loaded.tokenizer
-        self.ids += tokenizer.encode(line) if self.ids else encode_prompt(tokenizer, line)
-        if not self.ids:
-            return
-        decoder = tokenizer.stream(self.ids)
-        for token in stream(model, tokenizer, self.ids, self.settings):
+        tokenizer, line = self.loaded.tokenizer, readable(line)
+        added = tokenizer.encode(line) if self.ids else encode_prompt(tokenizer, line)
+        self.ids += added
+        self.text.add(added)
+        decoder, begun, old = tokenizer.stream(self.ids), time.perf_counter(), len(self.ids)
+        seed = row_seed(line, self.answers, self.settings.seed)
+        self.answers += 1
+        for token in self.text.draw(self.settings, seed):
             self.ids.append(token)
             typer.echo(decoder.feed(token), nl=False)
         typer.echo(decoder.finish())
+        new = self.ids[old:]
+        n_bytes = sum(len(tokenizer.piece(token)) for token in new)
+        typer.echo(speed(len(new), n_bytes, time.perf_counter() - begun), err=True)

@@ -22,7 +22,7 @@ Length = Annotated[int, typer.Option(help="Tokens per sequence, to count sequenc
 Column = Annotated[str, typer.Option(help="Column of Parquet and JSONL files that holds the text.")]
 Tokens = Annotated[str | None, typer.Option("--tokens", help="Stop the training split here, e.g. 2B.")]
 Documents = Annotated[str | None, typer.Option("--max-documents", "--max-samples", help="Read at most so many.")]
-Encoding = Annotated[str, typer.Option("--encoding-errors", help="strict or replace, for bytes that are not UTF-8.")]
+Encoding = Annotated[str, typer.Option("--encoding-errors", help="strict, replace or skip, for what is not UTF-8.")]
 
 
 @app.command()
@@ -44,7 +44,7 @@ def prepare(
         "source": source, "text_column": text_column, "encoding_errors": encoding_errors,
         "sequence_length": sequence_length, "max_tokens": tokens, "max_documents": max_documents,
     }  # fmt: skip
-    _print(*_prepare(given, tokenizer, vocab_size), sequence_length, as_json=False)
+    show_statistics(*_prepare(given, tokenizer, vocab_size), sequence_length)
     typer.echo(f"next: ternlm train bitnet-1m --data {source} --tokenizer {tokenizer}")
 
 
@@ -65,7 +65,11 @@ def stats(
         "source": source, "text_column": text_column, "encoding_errors": encoding_errors,
         "sequence_length": sequence_length, "max_tokens": tokens, "max_documents": max_documents,
     }  # fmt: skip
-    _print(*_prepare(given, tokenizer, vocab_size), sequence_length, as_json)
+    prepared = _prepare(given, tokenizer, vocab_size)
+    if as_json:
+        print_json(_counted(*prepared, sequence_length))
+    else:
+        show_statistics(*prepared, sequence_length)
 
 
 @app.command()
@@ -114,16 +118,16 @@ def _prepare(given: dict[str, Any], tokenizer: str, vocab_size: int) -> "tuple[C
     return prepared.corpus, prepared.tokenizer
 
 
-def _print(corpus: "Corpus", tokenizer: "Tokenizer", sequence_length: int, as_json: bool) -> None:
+def show_statistics(corpus: "Corpus", tokenizer: "Tokenizer", sequence_length: int) -> None:
+    """Print what a prepared corpus holds: counts per split, writing systems, and bytes that were no text."""
     from rich.console import Console
     from rich.table import Table
 
     from ternlm.data import statistics
+    from ternlm.data.decoding import describe_invalid
+    from ternlm.data.scripts import script_mix
 
     counted = statistics(corpus, sequence_length)
-    if as_json:
-        print_json(counted)
-        return
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for name in counted:
@@ -133,6 +137,22 @@ def _print(corpus: "Corpus", tokenizer: "Tokenizer", sequence_length: int, as_js
         table.add_row(key.replace("_", " "), *map(_cell, values))
     typer.echo(f"{corpus.directory}  (tokenizer {tokenizer.name})")
     Console(highlight=False).print(table)
+    mix = [f"{script} {share:.1%}" for script, share in script_mix(corpus.split("train"), tokenizer).items()]
+    if mix:
+        typer.echo(f"letters and symbols: {', '.join(mix[:8])}{', ...' if len(mix) > 8 else ''}")
+    invalid = corpus.invalid_bytes()
+    if invalid is not None:
+        typer.echo(describe_invalid(invalid))
+
+
+def _counted(corpus: "Corpus", tokenizer: "Tokenizer", sequence_length: int) -> dict[str, Any]:
+    from ternlm.data import statistics
+    from ternlm.data.scripts import script_mix
+
+    counted: dict[str, Any] = statistics(corpus, sequence_length)
+    counted["train"]["scripts"] = script_mix(corpus.split("train"), tokenizer)
+    counted["train"]["invalid_bytes"] = corpus.invalid_bytes()
+    return counted
 
 
 def _cell(value: Any) -> str:

@@ -75,7 +75,7 @@ def _sample(trainer: "Trainer") -> str:
 
 
 def _report(trainer: "Trainer", floor: float) -> None:
-    from ternlm.evaluation.evaluate import token_counts, unigram_bpb
+    from ternlm.evaluation.baselines import token_counts, unigram_bpb
 
     train, held_out = (trainer.corpus.split(name) for name in ("train", "validation"))
     baseline = unigram_bpb(held_out, token_counts(train, trainer.tokenizer.vocab_size), trainer.tokenizer)

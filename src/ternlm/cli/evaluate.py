@@ -1,17 +1,13 @@
 """`ternlm evaluate`: loss, perplexity, bits per byte and accuracies on any text; of an encoder, of hidden tokens."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from ternlm.cli.options import Checkpoint, Device, Json, RunsDir, print_json, token_stream
-from ternlm.errors import DataError, SettingsError
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from ternlm.checkpoint import Loaded
+from ternlm.cli.scoring import baselines_of, require_readable, training_text
+from ternlm.errors import SettingsError
 
 
 def evaluate(
@@ -28,11 +24,18 @@ def evaluate(
     sequence_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens per window.", show_default="the run's")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass; no effect on the result.")] = 16,
+    protocol: Annotated[
+        Literal["block", "stream"],
+        typer.Option(help="block: windows side by side; stream: memory carried through each document."),
+    ] = "block",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass; no effect on the result.")] = 16,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Score whole documents within so many tokens.")] = None,
     pll: Annotated[
         int | None, typer.Option(min=1, help="Of an encoder, also mask each token of N documents once; slow.")
     ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Also uniform, unigram, n-grams of bytes, gzip and xz on the same text.")
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
     device: Device = "auto",
     runs_dir: RunsDir = None,
@@ -40,11 +43,14 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint on held-out text, with its quantized weights.
 
-    An encoder is scored on the tokens that a mask hides, the same ones every time.
+    Of a causal model every target is scored once, in windows or with --protocol stream document by document. An encoder
+    is scored on the tokens that a mask hides, the same ones every time.
     """
     from ternlm import checkpoint as checkpoints
     from ternlm.device import choose_device, set_up
     from ternlm.errors import TokenizerError
+    from ternlm.evaluation.baselines import token_counts
+    from ternlm.evaluation.comparison import record_of
     from ternlm.evaluation.evaluate import evaluate as score
     from ternlm.evaluation.masked import masked_baselines, masking_of, pseudo_likelihood
     from ternlm.run_directory import runs_root
@@ -61,20 +67,21 @@ def evaluate(
         )
     if pll is not None and loaded.model.is_causal:
         raise SettingsError("--pll needs an encoder; the likelihood of a causal model is its loss. Leave --pll out.")
-    if sequence_length is not None and sequence_length > loaded.model.settings.max_position_embeddings:
-        raise SettingsError(
-            f"--sequence-length {sequence_length:,} is longer than the "
-            f"{loaded.model.settings.max_position_embeddings:,} tokens that the model reads. Give that or less."
-        )
+    if baselines and not loaded.model.is_causal:
+        raise SettingsError("--baselines code whole texts; those of an encoder are printed always. Leave it out.")
+    require_readable(loaded, sequence_length)
     stream = token_stream(loaded, data, split)
     model, known, trained_on = loaded.model, loaded.tokenizer, loaded.config["data"]
     length, masking = sequence_length or trained_on["sequence_length"], masking_of(model, loaded.config)
     record = {"checkpoint": str(loaded.path), "step": loaded.state["step"], "data": data or trained_on["source"]}
     check = (interruption := Interruption()).check
     with interruption.watched():
-        record |= score(model, stream, known, length, batch_size, max_tokens, check, masking).as_dict()
+        record |= record_of(score(model, stream, known, length, batch_size, max_tokens, check, masking, protocol))
+        if baselines:
+            record["baselines"] = baselines_of(loaded, stream, max_tokens, check)
         if masking is not None:
-            counts = _training_counts(loaded)
+            train = training_text(loaded)
+            counts = None if train is None else token_counts(train, known.vocab_size)
             record |= masked_baselines(stream, counts, known, length, masking, max_tokens)
         if pll is not None:
             record |= pseudo_likelihood(model, stream, known, length, pll, batch_size, check).as_dict()
@@ -84,20 +91,6 @@ def evaluate(
         print_json(record)
     else:
         _print(record)
-
-
-def _training_counts(loaded: "Loaded") -> "np.ndarray | None":
-    """How often each token occurs in the text the model was trained on, or None if that is not prepared here."""
-    from ternlm.data import DataSettings, default_directory, load_corpus
-    from ternlm.evaluation.evaluate import token_counts
-
-    settings = DataSettings.from_mapping(loaded.config["data"], "data")
-    try:
-        directory = default_directory(settings, loaded.tokenizer)
-        corpus = None if settings.stream or not directory.is_dir() else load_corpus(directory)
-        return None if corpus is None else token_counts(corpus.split("train"), loaded.tokenizer.vocab_size)
-    except DataError:  # an evaluation does not fail for a number beside it
-        return None
 
 
 def _write(output: Path, record: dict[str, Any]) -> None:
@@ -116,21 +109,24 @@ def _print(record: dict[str, Any]) -> None:
     from rich.table import Table
 
     unit, is_masked = record["perplexity_unit"], record["protocol"] == "masked"
-    rows = [
+    rows = [] if is_masked else [_bits_row(record)]
+    rows += [
         ("loss", f"{record['loss']:.4f}", "nats per target"),
         ("perplexity", f"{record['perplexity']:.3f}", f"per {unit}"),
     ]
-    if not is_masked:
-        bpb = "-" if record["bpb"] is None else f"{record['bpb']:.4f}"
-        rows.append(("bits per byte", bpb, "of the raw text"))
     among = f"top-5 {record['top5_accuracy']:.2%}, top-10 {record['top10_accuracy']:.2%}"
     rows.append(("accuracy", f"{record['accuracy']:.2%}", among))
     rows += _masked_rows(record) if is_masked else []
-    scored = "hidden tokens" if is_masked else f"{record['n_bytes'] or 0:,} bytes"
-    rows += [
-        ("targets", f"{record['n_targets']:,}", f"{scored}, split {record['split']}"),
-        ("speed", f"{record['tokens_per_sec']:,.0f}", f"tokens/s ({record['dtype']}, {record['weights']} weights)"),
-    ]
+    computed = f"({record['dtype']}, {record['weights']} weights)"
+    if is_masked:
+        rows.append(("targets", f"{record['n_targets']:,}", f"hidden tokens, split {record['split']}"))
+        rows.append(("speed", f"{record['tokens_per_sec']:,.0f}", f"tokens/s {computed}"))
+    else:
+        texts = f"bytes in {record['documents']:,} documents, {record['n_targets']:,} targets, split {record['split']}"
+        rows.append(("text", "-" if record["n_bytes"] is None else f"{record['n_bytes']:,}", texts))
+        speed = record["bytes_per_sec"]
+        rows.append(("speed", "-" if speed is None else f"{speed:,.0f}", f"bytes/s {computed}"))
+    rows += [("", "", ""), *_baseline_rows(record["baselines"])] if "baselines" in record else []
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
@@ -140,6 +136,29 @@ def _print(record: dict[str, Any]) -> None:
     console = Console(highlight=False)
     console.print(f"{record['checkpoint']} on '{record['data']}'", markup=False, soft_wrap=True)
     console.print(table)
+
+
+def _bits_row(record: dict[str, Any]) -> tuple[str, str, str]:
+    windows = f"windows of {record['sequence_length']:,} tokens"
+    how = windows if record["protocol"] == "block" else f"memory carried through each document in {windows}"
+    if record["bpb"] is None:
+        return "bits per byte", "-", "an unknown token hides text"
+    sure = "" if record["bpb_ci95"] is None else "95 %: {:.4f} to {:.4f}; ".format(*record["bpb_ci95"])
+    return "bits per byte", f"{record['bpb']:.4f}", sure + how
+
+
+def _baseline_rows(found: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Bits per byte of what knows less than a model, the weakest first."""
+    from ternlm.report.comparison import baseline_name
+
+    rows = []
+    for name, bits in found.items():
+        if name != "ngram_training_bytes":
+            detail = f"bits per byte: {baseline_name(name)}"
+            rows.append(
+                (name, "-" if bits is None else f"{bits:.4f}", detail if bits is not None else "not known here")
+            )
+    return rows
 
 
 def _masked_rows(record: dict[str, Any]) -> list[tuple[str, str, str]]:

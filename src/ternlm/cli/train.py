@@ -20,6 +20,7 @@ def train(
     recipe: RecipeAndSettings = None,
     data: Annotated[str | None, typer.Option(help="Corpus name, file, folder, glob, or hf:owner/name.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="byte, train, a path, or a hub name.")] = None,
+    max_samples: Annotated[str | None, typer.Option(help="Read at most so many documents of each split.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per sequence.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Sequences per optimizer step.")] = None,
     learning_rate: Annotated[str | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate.")] = None,
@@ -43,6 +44,7 @@ def train(
     flags = {
         "data.source": data,
         "tokenizer.name": tokenizer,
+        "data.max_documents": max_samples,
         "data.sequence_length": sequence_length,
         "training.batch_size": batch_size,
         "optimizer.learning_rate": learning_rate,
