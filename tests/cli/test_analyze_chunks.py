@@ -45,7 +45,7 @@ def test_the_chunks_of_a_text_are_printed_and_written(ternlm: Any, run: str, tmp
 def test_an_analysis_of_held_out_text_counts_chunks_as_well(ternlm: Any, run: str, tmp_path: Path) -> None:
     outcome = ternlm("analyze", run, *SMALL, "--output", tmp_path / "out")
     assert outcome.code == 0, outcome.err
-    assert "spaces cut" in outcome.out
+    assert "words cut" in outcome.out
     record = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert [row["stage"] for row in record["chunks"]] == [0, 1]
     assert (tmp_path / "out" / "chunks.png").read_bytes().startswith(b"\x89PNG")

@@ -132,6 +132,7 @@ def test_shares_are_those_counted_by_hand() -> None:
     assert (words["number"], words["bytes_per_chunk"]) == (5, 12 / 5)
     assert (words["length_p50"], words["length_p90"], words["length_max"]) == (3, 4, 4)
     assert (words["whitespace_agreement"], words["whitespace_recall"]) == (1.0, 1.0)
+    assert (words["word_agreement"], words["word_recall"]) == (3 / 4, 1.0), "between two line ends stands no word"
     assert words["near_half"] == pytest.approx(1 / 12), "one x, the first position is left out"
     assert words["mean_probability"] == pytest.approx((4 * 0.9 + 0.47 + 7 * 0.2) / 12)
     assert lines["lengths"] == [0, 1, 0, 0, 0, 1, 1], "[BOS ax_bb/], [/], [ccc_d]"
@@ -150,6 +151,17 @@ def test_boundaries_at_markers_count_as_starts_and_not_as_agreement() -> None:
     assert found["lengths"] == [0, 2, 1], "chunks of markers alone are none"
     assert found["whitespace_agreement"] == 0.0, "of b|c alone: the others touch a marker"
     assert found["whitespace_recall"] is None, "behind the space comes EOS"
+
+
+def test_a_cut_at_the_space_in_front_of_a_word_finds_the_word() -> None:
+    counts = ChunkCounts(BYTE)
+    tokens = torch.tensor([[*b"ab cd efg hi"]])
+    boundary = torch.tensor([[1, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0]], dtype=torch.bool)
+    counts.add(tokens, boundary, boundary.float())
+    found = counts.as_dict()
+    assert found["whitespace_agreement"] == 1 / 3, "at e alone"
+    assert found["word_agreement"] == 2 / 3, "not inside of efg"
+    assert found["word_recall"] == 2 / 3, "hi is not found"
 
 
 def test_statistics_do_not_depend_on_the_batches() -> None:

@@ -27,7 +27,8 @@ def stage(number: int, raw: bytes, starts: list[int], probability: list[float | 
     return {
         "stage": number, "chunks": chunks, "probability": probability, "number": len(starts),
         "bytes_per_chunk": len(raw) / len(starts), "length_p50": 3, "length_p90": 5, "length_max": 6,
-        "lengths": lengths, "whitespace_agreement": 0.5, "whitespace_recall": None, "near_half": 0.125,
+        "lengths": lengths, "whitespace_agreement": 0.5, "whitespace_recall": None,
+        "word_agreement": 0.75, "word_recall": None, "near_half": 0.125,
         "mean_probability": 0.4, "histogram": {"low": 0.0, "high": 1.0, "counts": [3, 0, 1, 2]},
     }  # fmt: skip
 
@@ -65,7 +66,7 @@ def test_the_statistics_fit_eighty_columns() -> None:
     made.print(statistics_table(record()["stages"]))
     lines = made.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert len(lines) == 3 and not any("…" in line for line in lines)
-    assert lines[1].split() == ["0", "8", "2.75", "3", "5", "6", "50.0%", "-", "12.5%"]
+    assert lines[1].split() == ["0", "8", "2.75", "3", "5", "6", "75.0%", "-", "12.5%"]
 
 
 def test_bytes_become_characters_where_they_can() -> None:

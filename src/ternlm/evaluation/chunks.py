@@ -161,6 +161,7 @@ def chunk_statistics(model: LanguageModel, batches: Iterable[Batch], tokenizer: 
 
 SCALARS = (
     "bytes_per_chunk", "length_p50", "length_p90", "length_max", "whitespace_agreement", "whitespace_recall",
+    "word_agreement", "word_recall",
     "near_half",
 )  # fmt: skip
 """The numbers among the statistics of a stage."""
@@ -184,6 +185,7 @@ class ChunkCounts:
         self._lengths = torch.zeros(0, dtype=torch.int64)
         self._histogram = Histogram(0.0, 1.0, _BINS)
         self._bytes = self._cuts = self._after_space = self._agreeing = self._near = self._probabilities = 0
+        self._at_edges = self._words = self._found_words = 0
         self._sum = 0.0
 
     def add(self, tokens: Tensor, boundary: Tensor, probability: Tensor) -> None:
@@ -202,11 +204,7 @@ class ChunkCounts:
         counts[: len(self._lengths)] += self._lengths
         self._lengths = counts
         self._bytes += int(sizes.sum())
-        before, here, cut = tokens[:, :-1], tokens[:, 1:], boundary[:, 1:]
-        after_space = self._is_space[before] & self._is_text[here]
-        self._cuts += int((cut & self._is_text[before] & self._is_text[here]).sum())
-        self._after_space += int(after_space.sum())
-        self._agreeing += int((cut & after_space).sum())
+        self._add_places(tokens[:, :-1], tokens[:, 1:], boundary)
         p = probability[:, 1:]
         p = p[~p.isnan()]
         self._near += int(((p - 0.5).abs() < NEAR).sum())
@@ -214,14 +212,29 @@ class ChunkCounts:
         self._sum += float(p.sum(dtype=torch.float64))
         self._histogram.add(p)
 
+    def _add_places(self, before: Tensor, here: Tensor, boundary: Tensor) -> None:
+        """Count boundaries, all but the first positions', by the tokens on both sides of them."""
+        cut = boundary[:, 1:] & self._is_text[before] & self._is_text[here]
+        space_before, space_here = self._is_space[before], self._is_space[here]
+        after_space = space_before & self._is_text[here]
+        begins_word = after_space & ~space_here
+        self._cuts += int(cut.sum())
+        self._after_space += int(after_space.sum())
+        self._agreeing += int((cut & after_space).sum())
+        self._at_edges += int((cut & (space_before != space_here)).sum())
+        self._words += int(begins_word.sum())
+        self._found_words += int((begins_word & (boundary[:, 1:] | boundary[:, :-1])).sum())
+
     def as_dict(self) -> Row:
         """The statistics as JSON values; a share of nothing is None.
 
         `number` of chunks, `bytes_per_chunk`, `length_p50`, `length_p90` and `length_max` (bytes; the smallest length
         that so many chunks do not exceed), `lengths` (how many chunks have 0, 1, 2 ... bytes),
         `whitespace_agreement` (boundaries between two bytes of text whose first is whitespace / all of them),
-        `whitespace_recall` (the same / all bytes of text behind whitespace), `near_half` (share of probabilities
-        within 0.05 of 0.5), `mean_probability`, and their `histogram`.
+        `whitespace_recall` (the same / all bytes of text behind whitespace), `word_agreement` (boundaries between
+        whitespace and a word, in either order, / all of them), `word_recall` (words behind whitespace that have a
+        boundary at their first byte or at the whitespace in front of it / all such words), `near_half` (share of
+        probabilities within 0.05 of 0.5), `mean_probability`, and their `histogram`.
         """
         number = int(self._lengths.sum())
         return {
@@ -231,6 +244,8 @@ class ChunkCounts:
             "lengths": self._lengths.tolist(),
             "whitespace_agreement": _ratio(self._agreeing, self._cuts),
             "whitespace_recall": _ratio(self._agreeing, self._after_space),
+            "word_agreement": _ratio(self._at_edges, self._cuts),
+            "word_recall": _ratio(self._found_words, self._words),
             "near_half": _ratio(self._near, self._probabilities),
             "mean_probability": _ratio(self._sum, self._probabilities),
             "histogram": self._histogram.as_dict(),

@@ -18,8 +18,8 @@ _COLUMNS = {
     "length_p50": ("median", "d"),
     "length_p90": ("90%", "d"),
     "length_max": ("longest", "d"),
-    "whitespace_agreement": ("after space", ".1%"),
-    "whitespace_recall": ("spaces cut", ".1%"),
+    "word_agreement": ("at words", ".1%"),
+    "word_recall": ("words cut", ".1%"),
     "near_half": ("near .5", ".1%"),
 }
 
