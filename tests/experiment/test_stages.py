@@ -245,6 +245,22 @@ def test_a_recurrent_model_is_measured_with_its_memory_carried_on(tmp_path: Path
     assert summary["results"]["test"]["n_bytes"] == summary["data"]["splits"]["test"]["bytes"]
 
 
+def test_of_a_hierarchical_model_the_results_show_where_it_cuts(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    summary = run(definition(tmp_path, "hnet"), folder)
+    results = json.loads((folder / "results" / "evaluation_results.json").read_text())
+    assert results["chunks"][0]["bytes_per_chunk"] > 0
+    page = (folder / summary["files"]["chunk_page"]).read_text(encoding="utf-8")
+    assert "tiny, step 6: the beginning of the test split" in page
+    assert (folder / summary["files"]["chunk_picture"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_without_chunks_gets_no_picture_of_them(tmp_path: Path) -> None:
+    run(definition(tmp_path), tmp_path / "out")
+    assert not list((tmp_path / "out" / "results").glob("chunks*"))
+    assert "chunks" not in json.loads((tmp_path / "out" / "results" / "evaluation_results.json").read_text())
+
+
 def test_without_a_test_split_the_validation_split_is_measured(tmp_path: Path) -> None:
     summary = run(definition(tmp_path, data={"test_fraction": 0}), tmp_path / "here")
     assert summary["results"]["validation"]["split"] == "validation"

@@ -34,7 +34,7 @@ def experiment(
 
     Stopped or killed anywhere, the same command goes on from there; what is done is not done again.
 
-    Examples:  ternlm experiment stories-hgrn  |  ternlm experiment my_experiment.yaml --max-samples 1000
+    Examples:  ternlm experiment stories-hnet  |  ternlm experiment my_experiment.yaml --max-samples 1000
     |  ternlm experiment my_experiment.json training.batch_size=32 generation.temperature=0.6
     """
     from ternlm.experiment import load_experiment

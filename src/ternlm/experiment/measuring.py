@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from ternlm.generation import SamplingSettings
 
 _SHOWN = 5  # texts that the results repeat
+_CUT_BYTES = 600  # of the held-out text whose chunks are drawn
+_COUNTED_TOKENS = 100_000  # of held-out text whose chunks are counted
 
 
 def measure(
@@ -32,6 +34,30 @@ def measure(
         check: Called now and then; may raise to stop.
     """
     return {name: _measured(loaded, corpus, corpus.split(name), settings, batch_size, check) for name in splits}
+
+
+def find_cuts(loaded: "Loaded", stream: "TokenStream", length: int) -> tuple[list[Any], dict[str, Any]] | None:
+    """Where a hierarchical model cuts held-out text.
+
+    Args:
+        loaded: The model.
+        stream: The held-out text.
+        length: Tokens per window.
+
+    Returns:
+        Statistics of each stage over many windows, and all chunks of the beginning of the text as `report.chunk_page`
+        takes them; None where the model has no chunks.
+    """
+    from ternlm.evaluation.analysis import held_out_batches
+    from ternlm.evaluation.chunks import find_chunks, has_chunks, measure_chunks
+
+    model, tokenizer = loaded.model, loaded.tokenizer
+    if not has_chunks(model):
+        return None
+    batches = held_out_batches(model, stream, tokenizer, length, 8, _COUNTED_TOKENS)
+    text = tokenizer.decode([int(token) for token in stream.read(0, min(len(stream), _CUT_BYTES))])
+    shown = {"family": model.settings.family, "step": loaded.state["step"]}
+    return measure_chunks(model, batches, tokenizer), shown | find_chunks(model, tokenizer, text)
 
 
 def write_texts(

@@ -3,6 +3,7 @@
 |- experiment_summary.json        what it is, how far it is, and what came out; replaced after every stage
 `- results/
    |- evaluation_results.json     the measurements of the trained model, and of its text
+   |- chunks.html, chunks.png     of a hierarchical model, where it cuts held-out text
    `- generations.txt             the text
 """
 
@@ -34,6 +35,8 @@ class ExperimentDirectory:
         self.summary = path / "experiment_summary.json"
         self.results = path / "results" / "evaluation_results.json"
         self.generations = path / "results" / "generations.txt"
+        self.chunk_page = path / "results" / "chunks.html"
+        self.chunk_picture = path / "results" / "chunks.png"
 
     def read_results(self) -> dict[str, Any]:
         """What was measured so far; nothing where the file is missing or damaged, as it can be measured again."""
@@ -72,6 +75,8 @@ class ExperimentDirectory:
         named = {
             "evaluation_results": self.results,
             "generations": self.generations,
+            "chunk_page": self.chunk_page,
+            "chunk_picture": self.chunk_picture,
             "training_log": self.run.training_csv,
             "eval_log": self.run.evaluation_csv,
             "checkpoints": self.run.checkpoints,

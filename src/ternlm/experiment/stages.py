@@ -17,7 +17,7 @@ from ternlm.settings.resolve import Resolved, read_mapping
 
 if TYPE_CHECKING:
     from ternlm.checkpoint import Loaded
-    from ternlm.data.corpus import Corpus
+    from ternlm.data.corpus import Corpus, TokenStream
     from ternlm.data.preparation import Prepared
     from ternlm.training.settings import RunSettings
 
@@ -202,11 +202,31 @@ class _Sitting:
         loaded = self._load(path)
         batch_size = self.settings.evaluation.batch_size or _BATCH_SIZE
         measured = measure(loaded, corpus, splits, settings, batch_size, check)
+        measured |= self._cuts(loaded, corpus.split(splits[0]))
         kept: dict[str, Any] = {key: results[key] for key in ("generation", "sample_generations") if key in results}
         self.directory.write_json(self.directory.results, {
             **kept, **measured, **self._model_facts(loaded),
             "timestamp": now(), "made_from": {**results.get("made_from", {}), "evaluate": key},
         })  # fmt: skip
+
+    def _cuts(self, loaded: "Loaded", stream: "TokenStream") -> dict[str, Any]:
+        """Statistics of the chunks of a hierarchical model, with a page and a picture; nothing of any other model."""
+        import io
+
+        from ternlm.experiment.measuring import find_cuts
+        from ternlm.report.chunk_page import chunk_page
+        from ternlm.report.chunk_picture import draw_chunks
+
+        found = find_cuts(loaded, stream, self.settings.data.sequence_length)
+        if found is None:
+            return {}
+        statistics, cut = found
+        title = f"{self.experiment.name}, step {cut['step']:,}: the beginning of the {stream.name} split"
+        picture = io.BytesIO()
+        draw_chunks(cut).savefig(picture, format="png", dpi=150)
+        self.directory.write(self.directory.chunk_page, chunk_page(cut, title).encode())
+        self.directory.write(self.directory.chunk_picture, picture.getvalue())
+        return {"chunks": statistics}
 
     def _generate(self, check: Callable[[], None]) -> None:
         from ternlm.experiment.measuring import write_texts
