@@ -58,7 +58,7 @@ def main() -> None:
     definition = yaml.safe_load((HERE / "byte_families.yaml").read_text())
     write_texts(options)
     prepare(options, definition)
-    arms = [Arm(family, weights) for family in definition["families"] for weights in definition["arms"]]
+    arms = [Arm(family, weights) for family in definition["families"] for weights in definition["points"]]
     chosen = sweep(options, definition, arms)
     jobs = [(arm, chosen[arm]["point"], options.steps) for arm in arms]
     finished = dict(zip(arms, train_all(options, definition, jobs), strict=True))
@@ -100,7 +100,10 @@ def prepare(options: argparse.Namespace, definition: dict[str, Any]) -> None:
 
 
 def write_documents(target: Path, documents: Iterable[str]) -> None:
-    target.write_text("\n<|endoftext|>\n".join(documents), encoding="utf-8")
+    """Write a file of documents, unless it is there: prepared data are known by the time of their files."""
+    text = "\n<|endoftext|>\n".join(documents)
+    if not target.exists() or target.read_text(encoding="utf-8") != text:
+        target.write_text(text, encoding="utf-8")
 
 
 def parts_of(text: str) -> list[str]:
@@ -117,7 +120,9 @@ def parts_of(text: str) -> list[str]:
 def sweep(options: argparse.Namespace, definition: dict[str, Any], arms: list[Arm]) -> dict[Arm, dict[str, Any]]:
     """The best point of each arm, and what every point reached."""
     jobs = [
-        (arm, tuple(point), options.sweep_steps) for arm in arms for point in definition["arms"][arm.weights]["points"]
+        (arm, tuple(point), options.sweep_steps)
+        for arm in arms
+        for point in definition["points"][arm.weights][arm.family]
     ]
     losses = [validation_loss(run) for run in train_all(options, definition, jobs)]
     found: dict[Arm, dict[str, Any]] = {}
