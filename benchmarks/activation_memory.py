@@ -18,11 +18,11 @@ from torch import Tensor
 from ternlm.models import build_model
 from ternlm.models.prediction import predict
 from ternlm.recipes import load_recipe
-from ternlm.settings.resolve import Layer, parse_overrides, resolve
+from ternlm.settings.resolve import Layer, parse_overrides
 from ternlm.training.launch import settings_from
 from ternlm.training.objective import loss_sums
 from ternlm.training.plan import activation_bytes
-from ternlm.training.settings import RunSettings, setting_names
+from ternlm.training.settings import RunSettings, resolve_settings
 
 ROWS, STEPS = 4, 100_000
 CASES = {
@@ -31,6 +31,9 @@ CASES = {
     "qdyt-small, full-precision twin": ["quantization.weights=none"],
     "qdyt-base, 128 tokens": ["data.sequence_length=128"],
     "bitnet-25m, 256 tokens": ["data.sequence_length=256"],
+    "hgrn-25m, 256 tokens": ["model.vocab_size=256", "data.sequence_length=256"],
+    "hgrn-25m, full-precision twin": ["model.vocab_size=256", "data.sequence_length=256", "quantization.weights=none"],
+    "hnet-25m, 256 tokens": ["model.vocab_size=256", "data.sequence_length=256"],
 }
 
 
@@ -41,7 +44,7 @@ def main() -> None:
     for case, overrides in CASES.items():
         words = ["training.precision=bf16", "training.device=cpu", *overrides]
         layers = [load_recipe(case.partition(",")[0]), Layer("case", parse_overrides(words))]
-        settings = settings_from(resolve(layers, setting_names()))
+        settings = settings_from(resolve_settings(layers))
         estimate, counted = 0, {}
         for phase, update in (("early", 1), ("late", STEPS - 1)):
             counted[phase], estimate = count(settings, update)

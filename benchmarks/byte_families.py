@@ -13,9 +13,10 @@ Finished runs in `--runs` are not trained again. Writes benchmarks/results/byte_
 import argparse
 import json
 import platform
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,15 +24,21 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from turns import ratios, take_turns
 
+from ternlm import checkpoint
 from ternlm.data.hub import wikitext_articles
 from ternlm.data.preparation import prepare_data
 from ternlm.data.settings import DataSettings
+from ternlm.models import LanguageModel
 from ternlm.run_directory import RunDirectory, read_jsonl
 from ternlm.tokenizers import TokenizerSettings
+from ternlm.training.objective import ObjectiveSettings, loss_sums
+from ternlm.training.optimizer import OptimizerSettings, build_optimizer
 
 HERE = Path(__file__).parent
 DOCUMENT_BYTES = 16_000
+ROWS, LENGTH = 8, 512
 WEIGHTS = {"ternary": "ternary", "full precision": "none"}
 RECURRENT = ("hgrn", "hnet")
 TEXTS = {"novel": "held-out novel", "wikitext": "WikiText-2"}
@@ -71,6 +78,7 @@ def main() -> None:
         ],
         "texts": {name: compare(options, name, finished, "block") for name in TEXTS},
         "streamed": {name: compare(options, name, finished, "stream") for name in TEXTS},
+        "training_step": step_times(finished, options.runs / "text" / "novel.txt"),
     }  # fmt: skip
     file = HERE / "results" / f"byte_families-{result['date']}.json"
     file.write_text(json.dumps(result, indent=1) + "\n")
@@ -193,6 +201,39 @@ def compare(options: argparse.Namespace, text: str, finished: dict[Arm, RunDirec
     return result
 
 
+def step_times(finished: dict[Arm, RunDirectory], text: Path, rounds: int = 7) -> list[dict[str, Any]]:
+    """CPU seconds of one training step of every finished model on the same held-out bytes, taken in turns.
+
+    Trained models, because the arithmetic of a hierarchical one depends on where it cuts.
+    """
+    torch.set_num_threads(1)
+    raw = torch.tensor(list(text.read_bytes()[: ROWS * (LENGTH + 1)])).view(ROWS, LENGTH + 1)
+    loaded = {arm: checkpoint.load(checkpoint.newest_valid(run.checkpoints)) for arm, run in finished.items()}
+    cpu, _ = take_turns({str(arm): training_step(found.model, raw) for arm, found in loaded.items()}, 2, rounds)
+    base = str(Arm("hgrn", "ternary"))
+    return [
+        {
+            "family": arm.family, "weights": arm.weights, "cpu_ms": 1e3 * statistics.median(cpu[str(arm)]),
+            "bytes_per_second": ROWS * LENGTH / statistics.median(cpu[str(arm)]),
+            "ratio_to_ternary_hgrn": statistics.median(ratios(cpu, str(arm), base)),
+        }
+        for arm in finished
+    ]  # fmt: skip
+
+
+def training_step(model: LanguageModel, raw: torch.Tensor) -> Callable[[], None]:
+    """Forward, backward and optimizer, at a rate so small that the model stays what it is."""
+    optimizer = build_optimizer(model.train(), OptimizerSettings(learning_rate=1e-9))
+
+    def step() -> None:
+        sums = loss_sums(model(raw[:, :-1]), raw[:, 1:], ObjectiveSettings())
+        (sums.objective / raw[:, 1:].numel()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
 def show(result: dict[str, Any]) -> None:
     """The result as a table: bits per byte, and what the arms have cost."""
     texts = result["texts"]
@@ -214,6 +255,9 @@ def show(result: dict[str, Any]) -> None:
         )
     for row in rows:
         print("".join(f"{cell:<26}" if column == 0 else f"{cell:>17}" for column, cell in enumerate(row)))
+    for step in result["training_step"]:
+        print(f"{step['family']}, {step['weights']}: {step['bytes_per_second']:,.0f} bytes/s of one thread, "
+              f"{step['ratio_to_ternary_hgrn']:.2f} of the time of ternary hgrn")  # fmt: skip
 
 
 if __name__ == "__main__":

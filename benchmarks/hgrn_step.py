@@ -17,23 +17,17 @@ Writes benchmarks/results/hgrn_step-DATE.json.
 """
 
 import argparse
-import json
 import statistics
-import time
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from training_step import machine
+from turns import against_twin, measure_cases, ratios, step_arguments, take_turns
 
-from ternlm.device import keep_freed_memory
 from ternlm.models import FULL_PRECISION, LanguageModel, QuantizationMode, build_model, model_settings
 from ternlm.ops.recurrence import scan
 from ternlm.training.optimizer import OptimizerSettings, build_optimizer
 
-RESULTS = Path(__file__).parent / "results"
 SHAPES: dict[str, tuple[dict[str, Any], int, int]] = {
     "85m": ({"hidden_size": 768, "num_hidden_layers": 12}, 1, 2048),
     "small": ({"hidden_size": 512, "num_hidden_layers": 6}, 4, 512),
@@ -92,51 +86,19 @@ class Scans:
 
 
 def main() -> None:
-    """Measure every shape and mode, and write the result."""
-    arguments = _arguments()
-    torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
-    results = []
-    for shape in arguments.models.split(","):
-        for mode in arguments.modes.split(","):
-            results.append({"model": shape, "mode": mode, **measure(shape, mode == "compiled", arguments)})
-            print(line(results[-1]), flush=True)
-    if arguments.dry:
-        return
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"hgrn_step-{datetime.now(UTC):%Y-%m-%d}.json"
-    new = {(result["model"], result["mode"]) for result in results}
-    earlier = json.loads(file.read_text())["results"] if file.exists() else []  # other cases of the same day stay
-    results = [result for result in earlier if (result["model"], result["mode"]) not in new] + results
-    file.write_text(json.dumps({"machine": machine(arguments.threads), "results": results}, indent=1) + "\n")
-    print(f"written to {file}")
+    arguments = step_arguments(str(__doc__).splitlines()[0], "small,nano")
+    measure_cases("hgrn_step", arguments, lambda shape, compiled: measure(shape, compiled, arguments), line)
 
 
 def measure(shape: str, compiled: bool, arguments: argparse.Namespace) -> dict[str, Any]:
     """Interleaved steps of all arms, and of the scans alone."""
     arms = [Arm(name, shape, compiled) for name in ARMS]
     calls = {arm.name: arm.step for arm in arms} | {"scans": Scans(shape).run}
-    for call in calls.values():
-        for _ in range(arguments.warmup):
-            call()
-    cpu: dict[str, list[float]] = {name: [] for name in calls}
-    wall: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(arguments.steps):
-        for name, call in calls.items():
-            started, cpu_started = time.perf_counter(), time.process_time()
-            call()
-            cpu[name].append(time.process_time() - cpu_started)
-            wall[name].append(time.perf_counter() - started)
-    ratios = [a / b for a, b in zip(cpu["ternary"], cpu["twin"], strict=True)]
-    everywhere = [a / b for a, b in zip(cpu["norms_everywhere"], cpu["twin"], strict=True)]
-    shares = [a / b for a, b in zip(cpu["scans"], cpu["ternary"], strict=True)]
+    cpu, wall = take_turns(calls, arguments.warmup, arguments.steps)
     return {
-        "step_cpu_ms": {name: 1e3 * statistics.median(times) for name, times in cpu.items()},
-        "step_wall_ms": {name: 1e3 * statistics.median(times) for name, times in wall.items()},
-        "time_ratio": statistics.median(ratios),
-        "time_ratio_quartiles": statistics.quantiles(ratios, n=4)[::2],
-        "norms_everywhere_time_ratio": statistics.median(everywhere),
-        "scan_share": statistics.median(shares),
+        **against_twin(cpu, wall),
+        "norms_everywhere_time_ratio": statistics.median(ratios(cpu, "norms_everywhere", "twin")),
+        "scan_share": statistics.median(ratios(cpu, "scans", "ternary")),
     }
 
 
@@ -146,17 +108,6 @@ def line(result: dict[str, Any]) -> str:
     text = f"{result['model']:>5} {result['mode']:9} ternary/twin: time {result['time_ratio']:.3f} "
     text += f"({low:.3f} to {high:.3f}), norms everywhere {result['norms_everywhere_time_ratio']:.3f}; "
     return text + f"scans {result['scan_share']:.1%} of the ternary step"
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--models", default="small,nano")
-    parser.add_argument("--modes", default="eager,compiled")
-    parser.add_argument("--steps", type=int, default=12, help="timed steps per arm")
-    parser.add_argument("--warmup", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dry", action="store_true", help="print and write no file")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":
