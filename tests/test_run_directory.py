@@ -129,6 +129,8 @@ def test_a_run_is_found_by_path_name_prefix_and_as_latest(tmp_path: Path) -> Non
     assert find_run("demo-1", tmp_path).path == first
     assert find_run("na", tmp_path).path == other
     assert find_run("latest", tmp_path).path == second
+    with pytest.raises(EnvironmentFault, match=r"newest runs: demo-1, nano, demo-2\)"):
+        find_run("absent", tmp_path)
 
 
 @pytest.mark.parametrize(("name", "message"), [("demo", "several"), ("nothing", "no run"), ("not-a-run", "no run")])

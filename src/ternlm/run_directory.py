@@ -171,17 +171,18 @@ def find_run(reference: str, root: Path) -> RunDirectory:
         return RunDirectory(path)
     folders = (run for folder in root.glob("*/") for run in runs_in(folder))
     known = sorted(folder for folder in folders if (folder / "meta").is_dir())
+    by_age = sorted(known, key=lambda folder: (folder / "meta").stat().st_mtime)
     if reference == "latest":
         if not known:
             raise EnvironmentFault(f"there are no runs in '{root}'. Start one with 'ternlm train'.")
-        return RunDirectory(max(known, key=lambda folder: (folder / "meta").stat().st_mtime))
+        return RunDirectory(by_age[-1])
     named = {folder.relative_to(root).as_posix(): folder for folder in known}
     matches = [name for name in named if name == reference] or [name for name in named if name.startswith(reference)]
     if len(matches) == 1:
         return RunDirectory(named[matches[0]])
     if matches:
         raise EnvironmentFault(f"'{reference}' matches several runs: {', '.join(matches)}. Write more of the name.")
-    names = ", ".join([*named][-5:]) or "none"
+    names = ", ".join(folder.relative_to(root).as_posix() for folder in by_age[-5:]) or "none"
     raise EnvironmentFault(f"no run '{reference}' in '{root}' (newest runs: {names}). Give its path or name.")
 
 

@@ -102,6 +102,11 @@ def test_mistakes_are_answered_in_one_sentence(ternlm, runs: list[str], story: P
     twice = ternlm("compare", "ternary", "twin", "ternary@2", "--data", story)
     assert (twice.code, "are the same checkpoint" in twice.err) == (2, True)
     assert ternlm("compare", "ternary", "nothing", "--data", story).code == 3
+    (story.parent / "in_the_way").touch()
+    for verb in (("compare", "ternary", "twin"), ("evaluate", "ternary")):
+        unwritten = ternlm(*verb, "--data", story, "--output", story.parent / "in_the_way" / "x")
+        assert (unwritten.code, "Choose another --output" in unwritten.err) == (3, True)
+        assert "documents" in unwritten.out, "what was computed is shown all the same"
     too_long = ternlm("compare", "ternary", "recurrent", "--data", story, "--sequence-length", 99)
     assert (too_long.code, "longer than the 24 tokens" in too_long.err) == (2, True)
 

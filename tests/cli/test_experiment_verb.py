@@ -57,6 +57,20 @@ def test_options_and_assignments_reach_run_and_measurement(ternlm, file: Path) -
     assert Path("runs/other/experiment_summary.json").exists()
 
 
+def test_the_command_line_says_where_it_goes_before_the_file_does(ternlm, file: Path, tmp_path: Path) -> None:
+    with file.open("a", encoding="utf-8") as text:
+        text.write("output: {directory: inside}\n")
+    for words, folder in (
+        ((), "inside"),
+        (("--name", "other"), "runs/other"),
+        (("--runs-dir", "there"), "there/small"),
+        (("--name", "other", "output.directory=both"), "both"),
+    ):
+        outcome = ternlm("experiment", file, "-q", *words)
+        assert outcome.code == 0, outcome.err
+        assert Path(folder, "experiment_summary.json").exists()
+
+
 def test_a_dry_run_shows_the_plan_and_creates_nothing(ternlm, file: Path) -> None:
     outcome = ternlm("experiment", file, "--dry-run")
     assert outcome.code == 0
@@ -87,7 +101,14 @@ def test_what_was_translated_is_said_before_anything_else(ternlm, tmp_path: Path
         ((), 2, "no experiment given"),
         (("nothing",), 2, "unknown experiment 'nothing'"),
         (("absent.yaml",), 2, "settings file 'absent.yaml' cannot be read"),
+        (("hgrn-nano",), 2, "'hgrn-nano' is a recipe and no experiment. Train it with: ternlm train hgrn-nano"),
         (("small.yaml", "generation.temprature=1"), 2, "generation.temprature"),
+        (("small.yaml", "generation.temprature=1", "--dry-run"), 2, "generation.temprature"),
+        (
+            ("small.yaml", "evaluation.splits=test"),
+            2,
+            "evaluation.splits='test' is refused: must be a list in brackets",
+        ),
         (("small.yaml", "--name", "a/b"), 2, "'a/b' is not a plain name"),
         (("small.yaml", "--max-samples", "0"), 2, "data.max_documents"),
     ],

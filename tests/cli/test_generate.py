@@ -109,6 +109,23 @@ def test_what_cannot_be_streamed_or_written_is_one_sentence(ternlm: Any, run: st
     assert outcome.err.strip().endswith("Choose another --output.")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_is_one_sentence(ternlm: Any, run: str) -> None:
+    outcome = ternlm("generate", run, *SHORT, "-p", "a", "--output", "/dev/full")
+    assert (outcome.code, len(outcome.err.strip().splitlines())) == (3, 1)
+    assert "'/dev/full' cannot be written: No space left on device" in outcome.err
+
+
+@pytest.mark.parametrize(("name", "line"), [("prompts.txt", "Hé"), ("prompts.jsonl", '{"prompt": "Hé"}')])
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(
+    ternlm: Any, run: str, tmp_path: Path, name: str, line: str
+) -> None:
+    (tmp_path / name).write_text(line + "\n", encoding="utf-8-sig")
+    outcome = ternlm("generate", run, *SHORT, "--prompt-file", tmp_path / name, "--json")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["prompt"] == "Hé"
+
+
 def test_a_chat_reads_what_was_said_once(ternlm: Any, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
     load = checkpoint.load

@@ -62,13 +62,17 @@ def test_valid_text_leaves_no_record(tmp_path: Path) -> None:
     assert decoder.found() is None
 
 
+@pytest.mark.parametrize("by_dictionary", [False, True])
 @pytest.mark.parametrize("handling", ["replace", "skip"])
-def test_parquet_strings_that_are_none_are_handled_like_files(tmp_path: Path, handling: str) -> None:
+def test_parquet_strings_that_are_none_are_handled_like_files(
+    tmp_path: Path, handling: str, by_dictionary: bool
+) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     raw = pyarrow.array([b"good \xce\xb1", b"bad \xe4\xbd", None], type=pyarrow.binary())
     column = pyarrow.Array.from_buffers(pyarrow.string(), len(raw), raw.buffers(), raw.null_count)
-    parquet.write_table(pyarrow.table({"text": column}), tmp_path / "a.parquet")
+    stored = column.dictionary_encode() if by_dictionary else column
+    parquet.write_table(pyarrow.table({"text": stored}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"byte 0xe4 at row 2, offset 4"):
         list(read_documents(str(tmp_path)))
     decoder = Decoder(handling)

@@ -323,6 +323,15 @@ def test_held_out_batches_are_whole_windows_within_the_limit(tmp_path: Any) -> N
     assert one.tokens.shape == (1, 16)
 
 
+def test_held_out_text_shorter_than_a_window_comes_without_padding(tmp_path: Any) -> None:
+    prepared = tiny_corpus(tmp_path)
+    model = tiny_model("bitnet", vocab_size=256)
+    stream = prepared.corpus.split("validation")
+    (one,) = held_out_batches(model, stream, prepared.tokenizer, len(stream) + 50, 2, 10_000)
+    assert one.tokens.tolist() == [stream.read(0, len(stream) - 1).tolist()]
+    assert one.targets.shape == one.tokens.shape and one.num_targets == int((one.targets != IGNORED).sum())
+
+
 def trained_encoder(**overrides: Any) -> LanguageModel:
     """An encoder whose sites have observed one batch."""
     model = tiny_model("qdyt", **overrides)

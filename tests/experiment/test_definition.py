@@ -76,7 +76,7 @@ def test_an_unknown_name_lists_the_shipped_experiments() -> None:
 
 
 def test_a_recipe_is_not_taken_for_an_experiment_nor_an_experiment_for_a_recipe(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="unknown experiment 'bitnet-1m'"):
+    with pytest.raises(SettingsError, match="'bitnet-1m' is a recipe and no experiment"):
         load_experiment("bitnet-1m")
     with pytest.raises(SettingsError, match="is an experiment and no recipe"):
         load_recipe(written(tmp_path, PLAIN))

@@ -15,7 +15,7 @@ import yaml
 
 from ternlm import checkpoint
 from ternlm.cli.train import prepare_run
-from ternlm.errors import DataError, Interrupted, SettingsError
+from ternlm.errors import DataError, EnvironmentFault, Interrupted, SettingsError
 from ternlm.experiment import STAGES, ExperimentDirectory, load_experiment
 from ternlm.experiment.stages import Hooks, run_experiment
 from ternlm.models import MODELS
@@ -212,11 +212,70 @@ def test_more_steps_train_on_and_measure_again(tmp_path: Path) -> None:
     assert (second["training"]["step"], second["results"]["step"]) == (8, 8)
 
 
+def test_a_damaged_last_checkpoint_is_trained_again(tmp_path: Path) -> None:
+    file, folder = definition(tmp_path, evaluation={"checkpoint": "final"}), tmp_path / "here"
+    first, before = run(file, folder), weights(folder)
+    os.truncate(folder / "checkpoints" / "step_000006" / "model.safetensors", 1000)
+    again = run(file, folder)
+    assert again["results"]["step"] == 6
+    assert weights(folder) == before
+    assert without_times(again["results"]) == without_times(first["results"])
+
+
+def test_results_of_two_checkpoints_never_stand_side_by_side(tmp_path: Path) -> None:
+    folder, final = tmp_path / "here", {"checkpoint": "final"}
+    first = run(definition(tmp_path, evaluation=final), folder)
+
+    def stop(begun: str, text: str) -> None:
+        if begun == "generate":
+            raise Interrupted("stopped.")
+
+    with pytest.raises(Interrupted):
+        run(definition(tmp_path, training={"max_steps": 8}, evaluation=final), folder, stop)
+    between = json.loads((folder / "experiment_summary.json").read_text(encoding="utf-8"))["results"]
+    assert between["step"] == 8
+    assert "generation" not in between
+    last = run(definition(tmp_path, training={"max_steps": 8}, evaluation=final), folder)
+    assert last["results"]["sample_generations"] != first["results"]["sample_generations"]
+
+
+def test_texts_that_are_asked_for_no_more_are_no_result(tmp_path: Path) -> None:
+    folder = tmp_path / "here"
+    first = run(definition(tmp_path), folder)
+    without = run(definition(tmp_path, generation={"samples": 0}), folder)
+    assert not {"generation", "sample_generations"} & without["results"].keys()
+    assert "generations" not in without["files"]
+    assert without_times(run(definition(tmp_path), folder)["results"]) == without_times(first["results"])
+
+
+def test_a_second_process_leaves_the_summary_of_the_first_alone(tmp_path: Path) -> None:
+    file, folder = definition(tmp_path), tmp_path / "here"
+    run(file, folder)
+    before = (folder / "experiment_summary.json").read_bytes()
+    with ExperimentDirectory(folder).run.locked(), pytest.raises(EnvironmentFault, match="by another process"):
+        run(file, folder)
+    assert (folder / "experiment_summary.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("results/evaluation_results.json", '{"made_from": 5}'), ("experiment_summary.json", '{"seconds": ["much"]}')],
+)
+def test_files_that_were_edited_into_nonsense_are_made_again(tmp_path: Path, file: str, content: str) -> None:
+    folder = tmp_path / "here"
+    first = run(definition(tmp_path), folder)
+    (folder / file).write_text(content)
+    assert without_times(run(definition(tmp_path), folder)["results"]) == without_times(first["results"])
+
+
 def test_another_model_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     run(definition(tmp_path), tmp_path / "here")
     sentence = r"begun with model\.hidden_size=24; now it is 32\. Choose another experiment_name"
     with pytest.raises(SettingsError, match=sentence):
         run(definition(tmp_path, model={"hidden_size": 32}), tmp_path / "here")
+    named = definition(tmp_path, model={"hidden_size": 32}, output={"directory": "here"})
+    with pytest.raises(SettingsError, match=r"Choose another output\.directory"):
+        run(named, tmp_path / "here")
 
 
 def test_bad_sampling_is_refused_before_anything_begins(tmp_path: Path) -> None:
@@ -227,7 +286,11 @@ def test_bad_sampling_is_refused_before_anything_begins(tmp_path: Path) -> None:
 
 def test_a_split_that_the_data_do_not_have_is_named(tmp_path: Path) -> None:
     file = definition(tmp_path, data={"test_fraction": 0}, evaluation={"splits": ["test"]})
-    with pytest.raises(DataError, match=r"the data have no test split, which evaluation\.splits asks for"):
+    with pytest.raises(DataError, match=r"the data have no test split, which it names\. They have: train, val"):
+        run(file, tmp_path / "here")
+    (tmp_path / "word.txt").write_text("a")
+    file = definition(tmp_path, data={"source": str(tmp_path / "word.txt")})
+    with pytest.raises(DataError, match=r"no validation split, to measure the model on\. They have: train\. Add text"):
         run(file, tmp_path / "here")
     assert not (tmp_path / "here").exists()
 
@@ -253,6 +316,8 @@ def test_of_a_hierarchical_model_the_results_show_where_it_cuts(tmp_path: Path) 
     page = (folder / summary["files"]["chunk_page"]).read_text(encoding="utf-8")
     assert "tiny, step 6: the beginning of the test split" in page
     assert (folder / summary["files"]["chunk_picture"]).read_bytes().startswith(b"\x89PNG")
+    (folder / summary["files"]["chunk_page"]).unlink()
+    assert run(tmp_path / "hnet.yaml", folder)["files"] == summary["files"]
 
 
 def test_a_model_without_chunks_gets_no_picture_of_them(tmp_path: Path) -> None:

@@ -82,8 +82,9 @@ def test_sections_become_ours_value_by_value(tmp_path: Path) -> None:
 
 def test_everything_left_out_or_converted_is_said(tmp_path: Path) -> None:
     said = "\n".join(loaded(tmp_path, SECTIONS).notes)
-    for word in ("small.json", "num_heads", "data_dir=./prepared", "batch_size=18", "bf16", "checkpoint_dir, log_dir",
-                 "output.directory", "num_workers", "weight decay"):  # fmt: skip
+    for word in ("small.json", "num_heads", "data_dir=./prepared", "val_ratio=0.15 has no effect", "batch_size=18",
+                 "bf16", "checkpoint_dir, log_dir", "output.directory", "device=cuda", "num_workers",
+                 "weight decay"):  # fmt: skip
         assert word in said
 
 
@@ -132,6 +133,15 @@ def test_where_the_text_comes_from(tmp_path: Path, data: dict[str, Any], source:
         (with_changes(SECTIONS, "data", text_columns=["question", "answer"]), "joins several columns"),
         (with_changes(SECTIONS, "data", train_split="half"), "train_split must be 'train'"),
         (with_changes(SECTIONS, "training", resume_from="x.pt"), "goes on where it was stopped"),
+        (
+            with_changes(SECTIONS, "training", batch_size="six"),
+            r"training\.batch_size='six' is refused: it must be a whole",
+        ),
+        (with_changes(SECTIONS, "training", gradient_accumulation_steps=0.5), r"steps=0\.5 is refused"),
+        (with_changes(SECTIONS, "data", dataset=5), r"data\.dataset=5 is refused: it must be a text"),
+        (with_changes(SECTIONS, "data", data_dir=["a"]), r"data\.data_dir=\['a'\] is refused"),
+        (with_changes(SECTIONS, "data", text_columns=7), r"data\.text_columns=7 is refused"),
+        (with_changes(SECTIONS, "model", params=[1]), r"section 'model\.params' must hold settings"),
         (with_changes(SECTIONS, "hardware", gpus=3), "unknown setting 'hardware.gpus'"),
         (FLAT, "no model. Add the file of a model with --model-config"),
     ],

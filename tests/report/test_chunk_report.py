@@ -7,6 +7,7 @@ from io import BytesIO, StringIO
 from typing import Any
 
 import pytest
+from matplotlib.colors import to_hex
 from rich.console import Console
 
 from ternlm.report.chunk_page import chunk_page
@@ -150,6 +151,20 @@ def test_the_picture_shows_the_beginning_of_any_text_without_missing_glyphs(time
     assert names[:8] == ["H", "é", "·", "␣", r"\$", "5", "␣", "E4"]
     title = figure.get_suptitle()
     assert (f"the first {SHOWN} of {made['bytes']:,} bytes" in title) is (made["bytes"] > SHOWN)
+
+
+def test_the_key_shows_every_colour_where_a_text_has_only_one() -> None:
+    raw = b"ab"
+    made = {"bytes": 2, "hex": raw.hex(), "stages": [stage(0, raw, [0, 1], [0.9, 0.8])]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = draw_chunks(made)
+        figure.savefig(BytesIO(), format="png")
+    colors = {text.get_text(): handle for text, handle in zip(
+        figure.legends[0].get_texts(), figure.legends[0].legend_handles, strict=True
+    )}  # fmt: skip
+    assert to_hex(colors["stage 0, no chunk begins"].get_facecolor()) == "#b4bac2"
+    assert to_hex(colors["stage 0, a chunk begins"].get_facecolor()) == "#3b6fb6"
 
 
 def test_a_picture_of_statistics_has_two_histograms_per_stage() -> None:

@@ -76,3 +76,19 @@ def test_what_the_rules_remember_is_json_and_goes_on_after_loading() -> None:
 def test_a_new_stage_of_training_does_not_make_the_rules_forget() -> None:
     detector = Detector(AnomalySettings(), 256, (30,), (TARGET,))
     assert names(run([0.4, *[0.01] * 60], detector)) == [("router_collapse", 51)]
+
+
+def test_a_new_stage_of_training_does_not_report_the_same_router_again() -> None:
+    detector = Detector(AnomalySettings(), 256, (400,), (TARGET,))
+    assert names(run([0.4, *[0.01] * 600], detector)) == [("router_collapse", 51)]
+
+
+def test_n11_a_second_router_that_fails_while_the_first_alarm_cools_down_is_reported_afterwards() -> None:
+    detector = Detector(AnomalySettings(cooldown_steps=100), 256, (), (TARGET, TARGET))
+    found = []
+    for step in range(1, 300):
+        detector.judge(step - 1, 2.0, 1.0)
+        rates = {"hnet/stage0/boundary_rate": 0.4 if step == 1 else 0.01,
+                 "hnet/stage1/boundary_rate": 0.4 if step == 1 else 0.1 if step < 20 else 0.01}  # fmt: skip
+        found += detector.judge_chunks(step, rates)
+    assert [(event.step, event.message.split(":")[0]) for event in found] == [(51, "stage0"), (151, "stage1")]

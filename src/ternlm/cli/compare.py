@@ -73,14 +73,13 @@ def compare(
             if baselines and not bits:
                 bits = _baselines(loaded, stream, name, max_bytes, interruption.check)
     record = {"data": data or "the runs' own", **rank(found), **bits}
-    if output is not None:
-        _write_folder(output, record, ("png", "svg") if picture_format == "both" else (picture_format,))
     if as_json:
         print_json(record)
-        return
-    _print(record)
-    if output is not None:
-        typer.echo(f"table and picture in {output}")
+    else:
+        _print(record)
+    if output is not None:  # behind what is printed, so that a full disk does not cost the result
+        _write_folder(output, record, ("png", "svg") if picture_format == "both" else (picture_format,))
+        typer.echo(f"table and picture in {output}", err=as_json)
 
 
 def _contender(

@@ -85,12 +85,12 @@ def evaluate(
             record |= masked_baselines(stream, counts, known, length, masking, max_tokens)
         if pll is not None:
             record |= pseudo_likelihood(model, stream, known, length, pll, batch_size, check).as_dict()
-    if output is not None:
-        _write(output, record)
     if as_json:
         print_json(record)
     else:
         _print(record)
+    if output is not None:  # behind what is printed, so that a full disk does not cost the result
+        _write(output, record)
 
 
 def _write(output: Path, record: dict[str, Any]) -> None:

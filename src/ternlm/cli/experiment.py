@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ternlm.cli.options import Json, RecipeAndSettings, RunsDir, print_json, resolve_recipe, split_recipe
+from ternlm.cli.options import Json, RunsDir, print_json, resolve_recipe, split_recipe
 from ternlm.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -14,13 +14,23 @@ if TYPE_CHECKING:
 
 
 def experiment(
-    file: RecipeAndSettings = None,
-    name: Annotated[str | None, typer.Option(help="Of its folder.", show_default="experiment_name in the file")] = None,
+    file: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="EXPERIMENT [KEY=VALUE]...",
+            help="A shipped experiment or a .yaml/.json file, then any settings.",
+            show_default=False,
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of its folder among the runs.", show_default="experiment_name in the file")
+    ] = None,
     model_config: Annotated[
         Path | None, typer.Option(help="A file with the model, instead of the one that the experiment names.")
     ] = None,
     max_samples: Annotated[
-        str | None, typer.Option("--max-samples", "--max-documents", help="Read at most so many documents.")
+        str | None,
+        typer.Option("--max-samples", "--max-documents", help="Read at most so many documents of each split."),
     ] = None,
     steps: Annotated[str | None, typer.Option(help="Optimizer steps; replaces other limits.")] = None,
     seed: Annotated[int | None, typer.Option(help="Initial weights and data order.")] = None,
@@ -47,6 +57,8 @@ def experiment(
     loaded = load_experiment(reference, model_config, own)
     if name is not None:
         loaded = loaded._replace(name=name)
+    if (name is not None or runs_dir is not None) and not any(word.startswith("output.") for word in own):
+        loaded = loaded._replace(directory=None)  # the command line says where it goes, and not the file
     flags = {
         "data.max_documents": max_samples,
         "training.max_steps": steps,
@@ -60,7 +72,9 @@ def experiment(
             typer.echo(f"note: {note}")
     if dry_run:
         from ternlm.cli.plan import show_plan
+        from ternlm.experiment.measuring import sampling_of
 
+        sampling_of(loaded.generation)
         show_plan(resolved, as_json)
         return
     from ternlm.cli.train import prepare_run
@@ -126,7 +140,8 @@ def _show(summary: dict[str, Any], folder: Path) -> None:
         if isinstance(result, dict) and result.get("baselines"):
             typer.echo(f"without a network, on {split}: {_baselines(result['baselines'])} bits per byte")
     typer.echo(f"summary: {folder / 'experiment_summary.json'}")
-    typer.echo(f"next: ternlm chat {folder}   |   ternlm compare {folder} OTHER_RUN")
+    verbs = f"ternlm chat {folder}   |   ternlm compare {folder} OTHER_RUN"
+    typer.echo(f"next: {verbs if summary['config']['objective']['name'] == 'causal' else f'ternlm analyze {folder}'}")
 
 
 def _split_rows(result: dict[str, Any] | None) -> list[tuple[str, str, str]]:

@@ -152,8 +152,13 @@ def _opened(output: Path | None) -> Iterator[TextIO]:
         file = output.open("w", encoding="utf-8")
     except OSError as error:
         raise _unwritable(output, error) from None
-    with file:
+    try:
         yield file
+    finally:
+        try:
+            file.close()  # writes what is left of the last rows
+        except OSError as error:
+            raise _unwritable(output, error) from None
 
 
 def _unwritable(output: Path, error: OSError) -> EnvironmentFault:
@@ -179,7 +184,7 @@ def _print_as_written(loaded: "Loaded", requests: Iterable["Request"]) -> None:
 
 def _read_prompts(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8").removeprefix("\ufeff").split("\n")
     except OSError as error:
         raise SettingsError(f"prompt file '{file}' cannot be read: {error.strerror}. Check the path.") from None
     except UnicodeDecodeError as error:

@@ -64,7 +64,7 @@ def _print(summary: dict[str, Any], layers: bool) -> None:
     typer.echo(
         f"{summary['family']}, step {summary['step']:,}, tokenizer '{summary['tokenizer']}' with "
         f"{summary['vocab_size']:,} ids\n{counts['total']:,} parameters: {counts['ternary']:,} in BitLinear, "
-        f"{counts['embedding']:,} in embedding and head, {counts['other']:,} in norms"
+        f"{counts['embedding']:,} in embedding and head, {counts['other']:,} elsewhere"
     )
     if not matrices:
         typer.echo("full precision: no matrix is quantized")

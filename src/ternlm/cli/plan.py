@@ -107,7 +107,7 @@ def _print(made: "Plan", settings: "RunSettings") -> None:
         ("parameters", f"{made.parameters:,}", settings.model.family),
         ("  in BitLinear", f"{made.ternary:,}", kind),
         ("  embedding, head", f"{made.embedding:,}", _embedding_note(settings)),
-        ("  norms, scales, biases", f"{made.other:,}", "full precision"),
+        ("  everything else", f"{made.other:,}", _remainder_note(settings)),
         ("steps", f"{made.steps:,}", f"{settings.training.batch_size} x {settings.data.sequence_length} tokens each"),
         ("tokens", f"{made.tokens:,}", f"{made.tokens_per_parameter:.1f} per parameter"),
         ("arithmetic", f"{made.flops:.2e}", "floating-point operations"),
@@ -133,6 +133,12 @@ def _embedding_note(settings: "RunSettings") -> str:
     bits = getattr(settings.model, "embedding_bits", None)
     rounded = bits is not None and bits <= 8 and settings.quantization.weights != "none"
     return f"rows of {bits} and {getattr(settings.model, 'lm_head_bits', bits)} bits" if rounded else "full precision"
+
+
+def _remainder_note(settings: "RunSettings") -> str:
+    routers = "routers, " if settings.model.family == "hnet" else ""
+    attention = "attention, " if getattr(settings.model, "innermost_use_attention", False) else ""
+    return f"full precision: {routers}{attention}norms, scales, biases"
 
 
 def _curve(made: "Plan", width: int = 60, height: int = 8) -> list[str]:

@@ -232,6 +232,8 @@ def _read_parquet(path: Path, text_column: str, decoder: Decoder) -> Iterator[st
             rows = count(1)
             for batch in file.iter_batches(columns=[text_column], batch_size=1024):
                 column = batch.column(0)
+                if pyarrow.types.is_dictionary(column.type):
+                    column = column.dictionary_decode()
                 if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
                     column = column.cast(pyarrow.large_binary())  # a file may call bytes a string that are none
                 for row, value in zip(rows, column.to_pylist(), strict=False):

@@ -89,7 +89,7 @@ def held_out_batches(
     max_tokens: int,
     masking: MaskingSettings | None = None,
 ) -> list[Batch]:
-    """The first windows of a split on the model's device: whole ones, so that no padding is counted, if it has any.
+    """The first windows of a split on the model's device: whole ones, or all of a shorter split, without padding.
 
     Args:
         model: What reads them.
@@ -110,6 +110,9 @@ def held_out_batches(
     last = min(len(stream), whole * windows.stride + windows.overlap)
     device: torch.device = next(model.parameters()).device
     batches = scored_batches(stream, tokenizer, sequence_length, batch_size, last, masking)
+    if masking is None and last - windows.overlap < windows.stride:
+        read = last - windows.overlap  # the one window is padded behind these
+        batches = (Batch(batch.tokens[:, :read], batch.targets[:, :read]) for batch in batches)
     return [batch.to(device) for batch in batches]
 
 

@@ -40,11 +40,14 @@ class ExperimentDirectory:
 
     def read_results(self) -> dict[str, Any]:
         """What was measured so far; nothing where the file is missing or damaged, as it can be measured again."""
-        return _read(self.results)
+        found = _read(self.results)
+        return found if isinstance(found.get("made_from", {}), dict) else {}
 
-    def read_summary(self) -> dict[str, Any]:
-        """The summary as it was last written, or nothing."""
-        return _read(self.summary)
+    def read_seconds(self) -> dict[str, float]:
+        """Seconds of each stage in all sittings so far, as the summary has them."""
+        seconds = _read(self.summary).get("seconds")
+        known = seconds if isinstance(seconds, dict) else {}
+        return {stage: known[stage] for stage in STAGES if isinstance(known.get(stage), int | float)}
 
     def training_facts(self) -> dict[str, Any]:
         """How far training is, as the run's status file says it."""

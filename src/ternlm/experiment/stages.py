@@ -7,21 +7,21 @@ settings have changed.
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ternlm.errors import CheckpointError, DataError, Interrupted, Preempted, SettingsError
+from ternlm.errors import CheckpointError, DataError, EnvironmentFault, Interrupted, Preempted, SettingsError
 from ternlm.experiment.definition import Experiment
-from ternlm.experiment.record import SCHEMA, STAGES, ExperimentDirectory, key_of, now
+from ternlm.experiment.record import SCHEMA, STAGES, ExperimentDirectory, now
+from ternlm.experiment.results import Results
 from ternlm.settings.resolve import Resolved, read_mapping
 
 if TYPE_CHECKING:
-    from ternlm.checkpoint import Loaded
-    from ternlm.data.corpus import Corpus, TokenStream
+    from ternlm.data.corpus import Corpus
     from ternlm.data.preparation import Prepared
     from ternlm.training.settings import RunSettings
 
-_BATCH_SIZE = 16  # windows per forward pass of a measurement; no effect on the result
 _LIMITS = {"training.max_steps", "training.max_tokens", "training.max_epochs"}
 
 
@@ -84,12 +84,11 @@ class _Sitting:
 
         self.experiment, self.resolved, self.settings = experiment, resolved, settings
         self.directory, self.hooks = directory, hooks
-        self.prompts = experiment.generation.prompts or settings.evaluation.prompts
+        self.results = Results(experiment, settings, directory, hooks.began)
         sampling_of(experiment.generation)  # what is wrong in it must not show after days of training
         self.changes = self._changes()
-        self.seconds: dict[str, float] = directory.read_summary().get("seconds") or {}
+        self.seconds = directory.read_seconds()
         self.data: dict[str, Any] = {}
-        self._loaded: Loaded | None = None
 
     def run(self) -> dict[str, Any]:
         from ternlm.training.interruption import Interruption
@@ -97,16 +96,18 @@ class _Sitting:
         prepared = self._timed("prepare", self._prepare)
         try:
             self._timed("train", lambda: self._train(prepared))
-        finally:
-            if self.directory.run.config.exists():
-                self._summarize("training")
+        except BaseException:
+            with suppress(EnvironmentFault):  # the folder is another process's, or is full: what stopped is said
+                self._summarize_alone("training")
+            raise
         interruption = Interruption()
         with self.directory.run.locked(), interruption.watched():
             self._summarize("evaluating")
             corpus = self._corpus(prepared)
-            self._timed("evaluate", lambda: self._evaluate(corpus, interruption.check))
+            splits = self._splits(corpus.splits)
+            self._timed("evaluate", lambda: self.results.evaluate(corpus, splits, interruption.check))
             self._summarize("generating")
-            self._timed("generate", lambda: self._generate(interruption.check))
+            self._timed("generate", lambda: self.results.generate(interruption.check))
             return self._summarize("finished")
 
     def _prepare(self) -> "Prepared | None":
@@ -133,8 +134,10 @@ class _Sitting:
         splits = self.experiment.measurement.splits or ("test" if "test" in known else "validation",)
         missing = [name for name in splits if name not in known]
         if missing:
+            asked = "to measure the model on" if self.experiment.measurement.splits is None else "which it names"
             raise DataError(
-                f"the data have no {missing[0]} split, which evaluation.splits asks for. They have: {', '.join(known)}."
+                f"evaluation.splits: the data have no {missing[0]} split, {asked}. They have: {', '.join(known)}. Add "
+                f"text, set data.{missing[0]}_path, or raise data.{missing[0]}_fraction."
             )
         return splits
 
@@ -182,94 +185,10 @@ class _Sitting:
         from ternlm import checkpoint
 
         try:
-            checkpoint.resolve(f"{self.directory.path}@final", self.directory.path.parent)
+            checkpoint.verify(checkpoint.resolve(f"{self.directory.path}@final", self.directory.path.parent))
         except CheckpointError:
             return False
         return _LIMITS.isdisjoint(self.changes)
-
-    def _evaluate(self, corpus: "Corpus", check: Callable[[], None]) -> None:
-        from ternlm.experiment.measuring import measure
-
-        settings = self.experiment.measurement
-        splits = self._splits(corpus.splits)
-        path = self._checkpoint()
-        key = key_of(_identity(path), settings.model_dump(mode="json"), [corpus.split(name).eval_id for name in splits])
-        results = self.directory.read_results()
-        if results.get("made_from", {}).get("evaluate") == key:
-            self.hooks.began("evaluate", "done")
-            return
-        self.hooks.began("evaluate", f"{path.name} on {' and '.join(splits)}")
-        loaded = self._load(path)
-        batch_size = self.settings.evaluation.batch_size or _BATCH_SIZE
-        measured = measure(loaded, corpus, splits, settings, batch_size, check)
-        measured |= self._cuts(loaded, corpus.split(splits[0]))
-        kept: dict[str, Any] = {key: results[key] for key in ("generation", "sample_generations") if key in results}
-        self.directory.write_json(self.directory.results, {
-            **kept, **measured, **self._model_facts(loaded),
-            "timestamp": now(), "made_from": {**results.get("made_from", {}), "evaluate": key},
-        })  # fmt: skip
-
-    def _cuts(self, loaded: "Loaded", stream: "TokenStream") -> dict[str, Any]:
-        """Statistics of the chunks of a hierarchical model, with a page and a picture; nothing of any other model."""
-        import io
-
-        from ternlm.experiment.measuring import find_cuts
-        from ternlm.report.chunk_page import chunk_page
-        from ternlm.report.chunk_picture import draw_chunks
-
-        found = find_cuts(loaded, stream, self.settings.data.sequence_length)
-        if found is None:
-            return {}
-        statistics, cut = found
-        title = f"{self.experiment.name}, step {cut['step']:,}: the beginning of the {stream.name} split"
-        picture = io.BytesIO()
-        draw_chunks(cut).savefig(picture, format="png", dpi=150)
-        self.directory.write(self.directory.chunk_page, chunk_page(cut, title).encode())
-        self.directory.write(self.directory.chunk_picture, picture.getvalue())
-        return {"chunks": statistics}
-
-    def _generate(self, check: Callable[[], None]) -> None:
-        from ternlm.experiment.measuring import write_texts
-        from ternlm.models import MODELS
-
-        settings, family = self.experiment.generation, self.settings.model.family
-        if settings.samples == 0 or not MODELS[family].model.is_causal:
-            self.hooks.began("generate", "nothing: " + ("samples=0" if settings.samples == 0 else "it is an encoder"))
-            return
-        path = self._checkpoint()
-        key = key_of(_identity(path), settings.model_dump(mode="json"), self.prompts)
-        results = self.directory.read_results()
-        if results.get("made_from", {}).get("generate") == key and self.directory.generations.exists():
-            self.hooks.began("generate", "done")
-            return
-        self.hooks.began("generate", f"{settings.samples or len(self.prompts)} continuations")
-        found, texts, text = write_texts(self._load(path), self.prompts, settings, check)
-        self.directory.write(self.directory.generations, text.encode("utf-8", "backslashreplace"))
-        made = {**results.get("made_from", {}), "generate": key}
-        results |= {"generation": found, "sample_generations": texts, "made_from": made}
-        self.directory.write_json(self.directory.results, results)
-
-    def _checkpoint(self) -> Path:
-        """The checkpoint that is measured: the best or the last one, or the newest where there is no such yet."""
-        from ternlm import checkpoint
-
-        run = self.directory.run
-        try:
-            path = checkpoint.resolve(f"{run.path}@{self.experiment.measurement.checkpoint}", run.path.parent)
-            checkpoint.verify(path)
-        except CheckpointError:
-            path = checkpoint.newest_valid(run.checkpoints, lambda text: self.hooks.began("evaluate", text))
-        return path
-
-    def _load(self, path: Path) -> "Loaded":
-        from ternlm import checkpoint
-        from ternlm.device import choose_device, set_up
-
-        if self._loaded is None or self._loaded.path != path:
-            device = choose_device(self.settings.training.device)
-            set_up(device, self.settings.training.threads)
-            self._loaded = checkpoint.load(path, device)
-        return self._loaded
 
     def _corpus(self, prepared: "Prepared | None") -> "Corpus":
         from ternlm.data.corpus import Corpus, load_corpus
@@ -278,15 +197,6 @@ class _Sitting:
             return load_corpus(self.directory.run.stream / "validation")
         assert isinstance(prepared.corpus, Corpus)
         return prepared.corpus
-
-    def _model_facts(self, loaded: "Loaded") -> dict[str, Any]:
-        counts = loaded.model.parameter_counts()
-        return {
-            "model_type": loaded.model.settings.family,
-            "checkpoint": loaded.path.name,
-            "step": loaded.state["step"],
-            "parameters": {"total": counts.total, "ternary": counts.ternary, "embedding": counts.embedding},
-        }
 
     def _changes(self) -> dict[str, Any]:
         """Settings that differ from those that the run in the folder was begun with.
@@ -307,9 +217,10 @@ class _Sitting:
                 launch.require_changeable([name])
             except SettingsError:
                 section, _, field = name.partition(".")
+                other = "experiment_name (--name)" if self.experiment.directory is None else "output.directory"
                 raise SettingsError(
                     f"the experiment in '{run.path}' was begun with {name}={begun[section].get(field)}; now it is "
-                    f"{value}. Choose another experiment_name (--name), or delete the folder."
+                    f"{value}. Choose another {other}, or delete the folder."
                 ) from None
         return changes
 
@@ -320,6 +231,16 @@ class _Sitting:
             return action()
         finally:
             self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - started, 3)
+
+    def _summarize_alone(self, state: str) -> None:
+        """`_summarize`, unless nothing was begun.
+
+        Raises:
+            EnvironmentFault: Another process works in the folder, or it cannot be written.
+        """
+        if self.directory.run.config.exists():
+            with self.directory.run.locked():
+                self._summarize(state)
 
     def _summarize(self, state: str) -> dict[str, Any]:
         experiment, directory = self.experiment, self.directory
@@ -335,7 +256,7 @@ class _Sitting:
             "config": {
                 **read_mapping(directory.run.config),
                 "measurement": experiment.measurement.model_dump(mode="json"),
-                "generation": experiment.generation.model_dump(mode="json") | {"prompts": list(self.prompts)},
+                "generation": experiment.generation.model_dump(mode="json") | {"prompts": list(self.results.prompts)},
             },
             "data": self.data,
             "training": directory.training_facts(),
@@ -374,10 +295,3 @@ def changed_settings(before: Mapping[str, Any], after: Mapping[str, Any]) -> dic
         if before.get(section, {}).get(field) != value
         and not (f"{section}.{field}" in filled_in and (value is None or field == "teacher"))
     }
-
-
-def _identity(checkpoint: Path) -> str:
-    """What tells a checkpoint from every other: its manifest, which holds the sha256 of its files."""
-    from ternlm.checkpoint.manifest import MANIFEST
-
-    return key_of((checkpoint / MANIFEST).read_text(encoding="utf-8"))

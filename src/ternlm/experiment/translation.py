@@ -128,7 +128,7 @@ class _Translation:
 
     def _model(self, model: Mapping[str, Any]) -> None:
         rest = {key: value for key, value in model.items() if key not in ("config_file", "params", "type")}
-        config: Mapping[str, Any] = model.get("params") or {}
+        config = _section(model, "params", "model.params")
         if model.get("config_file"):
             file = self._find(str(model["config_file"]))
             config = {**read_mapping(file), **config}
@@ -150,8 +150,8 @@ class _Translation:
 
     def _data(self, fields: Mapping[str, Any]) -> None:
         data = {key: value for key, value in fields.items() if value is not None}
-        dataset, config = data.pop("dataset", None), data.pop("dataset_config", None)
-        places = [data.pop(key) for key in ("data_path", "data_dir") if key in data]
+        dataset, config = _text(data, "data", "dataset"), _text(data, "data", "dataset_config")
+        places = [place for key in ("data_path", "data_dir") if (place := _text(data, "data", key)) is not None]
         source = _source(dataset, config, places[0] if places else None)
         if source is not None:
             self.put("data.source", source)
@@ -160,6 +160,8 @@ class _Translation:
         if dataset is not None and places:
             self.notes.append(f"data.data_dir={places[0]} is left out: prepared corpora go to data.cache")
         column, columns = data.pop("text_column", "auto"), data.pop("text_columns", None)
+        if not isinstance(columns, list | None):
+            raise SettingsError(f"setting data.text_columns={columns!r} is refused: it must be a list with one name.")
         if columns is not None and len(columns) > 1:
             raise SettingsError(
                 f"data.text_columns={columns} joins several columns; one is read here. Name it with data.text_column, "
@@ -173,10 +175,15 @@ class _Translation:
         for key in ("val_split", "separator"):
             if key in data:
                 self.notes.append(f"data.{key}={data.pop(key)!r} is left out: there is nothing here that it would set")
+        own = CORPORA[source].splits if source in CORPORA else ()
+        for key, split in (("val_ratio", "validation"), ("test_ratio", "test")):
+            if key in data and split in own:
+                self.notes.append(f"data.{key}={data[key]} has no effect: '{source}' has a {split} split of its own")
         self._rename(data, _DATA, "data")
 
     def _training(self, fields: dict[str, Any]) -> None:
-        batch, parts = fields.pop("batch_size", None), int(fields.pop("gradient_accumulation_steps", None) or 1)
+        batch = _count(fields, "training", "batch_size")
+        parts = _count(fields, "training", "gradient_accumulation_steps") or 1
         if batch is not None:
             self.put("training.batch_size", batch * parts)
             self.put("training.micro_batch_size", batch)
@@ -245,7 +252,7 @@ class _Translation:
 
     def _hardware(self, fields: Mapping[str, Any]) -> None:
         rules: dict[str, Callable[[Any], None]] = {
-            "device": lambda value: self.put("training.device", "auto" if value == "cuda" else value),
+            "device": self._device,
             "num_workers": lambda value: self.notes.append("hardware.num_workers is left out: loading needs none"),
         }
         for key, value in fields.items():
@@ -253,12 +260,33 @@ class _Translation:
                 raise SettingsError(f"unknown setting 'hardware.{key}'. Known here: {', '.join(rules)}.")
             rules[key](value)
 
+    def _device(self, value: Any) -> None:
+        if value == "cuda":
+            self.notes.append("hardware.device=cuda becomes training.device=auto, which takes a GPU where there is one")
+        self.put("training.device", "auto" if value == "cuda" else value)
 
-def _section(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+
+def _section(values: Mapping[str, Any], name: str, shown: str | None = None) -> Mapping[str, Any]:
     fields = values.get(name) or {}
     if not isinstance(fields, Mapping):
-        raise SettingsError(f"section '{name}' must hold settings, not a {type(fields).__name__}.")
+        raise SettingsError(f"section '{shown or name}' must hold settings, not a {type(fields).__name__}.")
     return fields
+
+
+def _count(fields: dict[str, Any], section: str, key: str) -> int | None:
+    """A number taken out of a section."""
+    value = fields.pop(key, None)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise SettingsError(f"setting {section}.{key}={value!r} is refused: it must be a whole number above 0.")
+    return value
+
+
+def _text(fields: dict[str, Any], section: str, key: str) -> str | None:
+    """A text taken out of a section."""
+    value = fields.pop(key, None)
+    if value is not None and not isinstance(value, str):
+        raise SettingsError(f"setting {section}.{key}={value!r} is refused: it must be a text.")
+    return value
 
 
 def _source(dataset: str | None, config: str | None, place: str | None) -> str | None:

@@ -15,7 +15,6 @@ from ternlm.models.hgrn_block import HGRNBlock, HGRNStack, initialize_stack
 from ternlm.models.hnet_settings import HNetSettings
 from ternlm.models.windowed_attention_block import WindowedAttentionBlock
 from ternlm.nn.dynamic_chunking import DeChunk, ResidualProjection, Router, RouterState, Routing, Widening
-from ternlm.nn.initialization import normal_
 from ternlm.nn.quantization import QuantizationMode
 from ternlm.ops.chunking import (
     Chunks,
@@ -102,12 +101,7 @@ class InnermostStage(nn.Module):
     def initialize(self, settings: HNetSettings, depth: int, seed: int, name: str) -> None:
         """As `OuterStage.initialize`."""
         self.widen.initialize()
-        deviation = _output_std(settings, depth)
-        initialize_stack(self.stack, settings, deviation, seed, f"{name}.stack")
-        for path, part in self.stack.named_modules(prefix=f"{name}.stack"):
-            if isinstance(part, nn.Linear):
-                std = deviation if path.endswith(".o_proj") else settings.initializer_range
-                normal_(part.weight, std, seed, path)
+        initialize_stack(self.stack, settings, _output_std(settings, depth), seed, f"{name}.stack")
 
 
 class OuterStage(nn.Module):

@@ -134,7 +134,14 @@ def _names(folder: Traversable) -> Iterable[str]:
 
 
 def unknown_reference(kind: str, name: str, names: list[str]) -> SettingsError:
-    """The error for a name that is none of the shipped ones, with the nearest of these."""
+    """The error for a name that is none of the shipped ones, with what it is instead, or the nearest of these."""
+    if kind == "experiment" and name in recipe_names():
+        return SettingsError(
+            f"'{name}' is a recipe and no experiment. Train it with: ternlm train {name}, or name it in an experiment "
+            f"file with extends: {name}."
+        )
+    if name in experiment_names():
+        return SettingsError(f"'{name}' is an experiment and no recipe. Run it with: ternlm experiment {name}")
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f"Did you mean '{near[0]}'?" if near else f"Known: {', '.join(names)}."
     return SettingsError(f"unknown {kind} '{name}'. {hint} 'ternlm recipes' lists them; a .yaml file works too.")

@@ -1,5 +1,6 @@
 """The chunks of a text as a picture: the router's probability at every byte, chunks as shaded bands."""
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -98,6 +99,7 @@ def _probabilities(axes: Any, stage: Row, start: int, end: int) -> None:
     number, color = stage["stage"], _COLORS[stage["stage"] % len(_COLORS)]
     for is_cut, label in ((False, "no chunk begins"), (True, "a chunk begins")):
         points = [(place, p) for place, p in known if p is not None and (place in cuts) is is_cut]
+        points = points or [(start, math.nan)]  # draws nothing, and has its colour in the legend
         places, values = [place for place, _ in points], [p for _, p in points]
         if number == 0:
             axes.bar(places, values, width=0.62, color=color if is_cut else _GREY, label=f"stage 0, {label}", zorder=2)

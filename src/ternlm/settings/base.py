@@ -59,6 +59,7 @@ def describe(error: ValidationError, cls: type[BaseModel], path: str = "") -> st
     if first["type"] == "missing":
         return f"setting '{dotted}' is required and has no default. Add {dotted}=VALUE."
     reason = shortened(first["msg"].removeprefix("Value error, ").removeprefix("Input should be "), 300)
+    reason = reason.replace("a valid tuple", "a list in brackets")
     if not dotted:
         return reason
     if isinstance(first["input"], dict) and first["type"] == "value_error":  # a rule between settings names them itself

@@ -205,11 +205,14 @@ class Detector:
         events: list[Event] = []
         for event in sorted({*wrong, *(name for name in books.reported if name.startswith("router_"))}):
             stages, known = wrong.get(event, {}), books.reported.get(event, [])
-            books.reported[event] = sorted(stages)
             new = sorted(stages.keys() - set(known))
+            said: list[Event] = []
             if new:
                 message = "; ".join(f"{stage}: {stages[stage]}" for stage in new) + "."
-                events += self._report(event, step, message, "warn", {stage: rates[stage] for stage in new})
+                said = self._report(event, step, message, "warn", {stage: rates[stage] for stage in new})
+            # A stage that was not mentioned because the event cools down has its turn afterwards.
+            books.reported[event] = sorted(stages if said else stages.keys() & set(known))
+            events += said
         return events
 
     def judge_throughput(self, step: int, tokens_per_sec: float, seconds_since_last: float) -> list[Event]:
@@ -281,6 +284,7 @@ class Detector:
                 in_a_row=before.in_a_row,
                 non_finite=before.non_finite,
                 boundary_rates=before.boundary_rates,
+                reported={event: found for event, found in before.reported.items() if event.startswith("router_")},
             )  # fmt: skip (a stage may move the loss, but not make it non-finite, nor move a router)
         self._books.step = step
         return self._books
