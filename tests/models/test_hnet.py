@@ -469,6 +469,7 @@ def test_floating_point_operations_count_each_stage_by_its_share_of_positions() 
         ({"attention_layers_pattern": "xyz"}, "x for a recurrent one, a for attention"),
         ({"attention_layers_pattern": "xax"}, "1 to 2 letters"),
         ({"innermost_use_attention": True, "attention_num_heads": 3}, "whose double divides it"),
+        ({"innermost_use_attention": True, "d_model": [24, 41]}, "width of 41; choose an even width"),
     ],
 )
 def test_n14_shapes_that_do_not_fit_are_refused_with_the_rule(overrides: dict[str, Any], message: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from builders import randn
 from recurrences import assert_same, gates, results
+from ternlm.errors import EnvironmentFault
 from ternlm.ops.recurrence import scan, scan_reference
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -73,5 +74,5 @@ def test_gradients_arrive_when_only_the_last_state_is_used(device: str) -> None:
 
 def test_tensors_of_the_processor_are_refused_outside_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="needs tensors on a CUDA device, these are on cpu"):
+    with pytest.raises(EnvironmentFault, match="needs tensors on a CUDA device, these are on cpu"):
         scan(gates("any", 2, 4, 3), randn(2, 4, 3), impl="kernel")

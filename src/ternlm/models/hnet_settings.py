@@ -109,9 +109,10 @@ class HNetSettings(RecurrentSettings):
                 "block: x for a recurrent one, a for attention"
             )
         if self.innermost_use_attention and self.d_model[-1] % (2 * self.attention_heads):
+            way_out = "a number whose double divides it" if self.d_model[-1] % 2 == 0 else "an even width"
             raise ValueError(
                 f"model.attention_num_heads={self.attention_heads} cannot share the innermost width of "
-                f"{self.d_model[-1]}; choose a number whose double divides it"
+                f"{self.d_model[-1]}; choose {way_out}"
             )
         return self
 

@@ -59,8 +59,8 @@ def scan(
 
     Raises:
         TypeError: If the tensors are not all float32 or all float64.
-        ValueError: If shapes do not fit, chunk is too small, impl is unknown, or "kernel" is asked for off CUDA.
-        EnvironmentFault: If "kernel" is asked for and Triton is not installed.
+        ValueError: If shapes do not fit, chunk is too small, or impl is unknown.
+        EnvironmentFault: If "kernel" is asked for and Triton is not installed, or off CUDA.
 
     Source:
         Qin et al. 2023, "Hierarchically Gated Recurrent Neural Network" (arXiv 2311.04823), eq. 3; chunks as in

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ternlm.errors import EnvironmentFault
+
 CHANNELS = 128
 """Channels per program: one float32 for each thread of four warps."""
 
@@ -27,7 +29,7 @@ def states(a: Tensor, u: Tensor, h0: Tensor | None, chunk: int) -> Tensor:
         chunk: Positions per chunk.
 
     Raises:
-        ValueError: If the tensors are not on a CUDA device.
+        EnvironmentFault: If the tensors are not on a CUDA device.
     """
     a, u = a.contiguous(), u.contiguous()
     h = torch.empty_like(u)
@@ -51,7 +53,9 @@ def _launch(
 ) -> None:
     """The three passes; one chunk alone needs the last only."""
     if not a.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"the scan kernel needs tensors on a CUDA device, these are on {a.device}; choose 'auto'")
+        raise EnvironmentFault(
+            f"the scan kernel needs tensors on a CUDA device, these are on {a.device}; choose 'auto'"
+        )
     rows, length, width = a.shape
     chunk = min(chunk, length)
     chunks = triton.cdiv(length, chunk)

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -37,6 +37,12 @@ class StepResult(NamedTuple):
     skipped: bool = False
     distillation: float | None = None
     telemetry: Mapping[str, float] = MappingProxyType({})
+
+
+def _numbers(totals: Collection[Tensor], count: int) -> list[float]:
+    """Totals by their count, brought to the host at once."""
+    means: list[float] = (torch.stack([*totals]) / count).tolist() if totals else []
+    return means
 
 
 class _Sums(NamedTuple):
@@ -121,7 +127,7 @@ class Stepper:
         result = StepResult(
             (nll / batch.num_targets).item(), norm.item(), batch.num_targets,
             distillation=None if self.distillation is None else (taught / batch.num_targets).item(),
-            telemetry={name: (total / batch.num_targets).item() for name, total in seen.items()},
+            telemetry=dict(zip(seen, _numbers(seen.values(), batch.num_targets), strict=True)),
         )  # fmt: skip
         usable = is_finite(result)
         if usable or not self._searching_scale():
