@@ -80,6 +80,7 @@ def measure_cases(
     results = []
     for shape in arguments.models.split(","):
         for mode in arguments.modes.split(","):
+            torch._dynamo.reset()  # or the graphs of all cases together reach its limit
             results.append({"model": shape, "mode": mode, **measure(shape, mode == "compiled")})
             print(line(results[-1]), flush=True)
     if arguments.dry:

@@ -195,11 +195,38 @@ def test_q23_scales_that_are_no_powers_of_two_stay_finite_and_exact() -> None:
         torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-5 * scale.item())
 
 
+def test_blocks_cover_the_outputs_once_and_a_few_tokens_take_one() -> None:
+    matrix = torch.empty(1300, 3, dtype=torch.int8)
+    for tokens, blocks in ((4096, 3), (128, 3), (60, 2), (1, 1), (0, 1)):
+        slices = module._column_blocks(torch.empty(tokens, 3, dtype=torch.int8), matrix)
+        assert [i for columns in slices for i in range(1300)[columns]] == list(range(1300))
+        assert len(slices) == blocks
+
+
 @pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
-def test_working_in_blocks_of_rows_changes_no_bit(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_captured_graph_gives_the_same_bits_for_any_number_of_tokens(granularity: str) -> None:
+    captured = torch.compile(quantized_linear, fullgraph=True, dynamic=True, backend="aot_eager")
+    x, *rest = operands(granularity)
+    for tokens in (6, 5, 2):
+        part = x.view(6, K)[:tokens].bfloat16()
+        plain, compiled = (run(function, part, *rest, SIZES) for function in (quantized_linear, captured))
+        for a, b in zip([*plain[0], *plain[1:]], [*compiled[0], *compiled[1:]], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_product_is_an_operator_that_fits_its_declaration() -> None:
+    x, _, codes, scale = operands()
+    x_codes, s = quantize_activation(x.view(6, K))
+    torch.library.opcheck(module._blocked_product, (x_codes, s, codes, scale, SIZES, torch.bfloat16))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "row", "group"])
+def test_working_in_blocks_changes_no_bit(granularity: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
-    for elements in (1 << 16, 30, 1):
+    for elements, columns in ((1 << 16, 512), (30, 4), (1, 1)):
         monkeypatch.setattr(row_blocks, "ELEMENTS", elements)
+        monkeypatch.setattr(module, "_SUMS_AT_A_TIME", elements)
+        monkeypatch.setattr(module, "_COLUMNS_AT_A_TIME", columns)
         outputs, *gradients = run(quantized_linear, *operands(granularity), SIZES)
         results.append([*outputs, *gradients])
     for other in results[1:]:

@@ -176,10 +176,13 @@ def quantize_activation(x: Tensor, bits: int = 8, eps: float = EPS) -> tuple[Ten
     """
     levels = top_code(bits)
     rows = x.detach().reshape(-1, x.shape[-1])
-    scale = levels / rows.abs().amax(dim=-1, keepdim=True).float().clamp_min(eps)
     codes = torch.empty(rows.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(rows.shape[0], 1, device=x.device)
     for block in row_blocks(rows):
-        codes[block] = round_to_levels_(rows[block] * scale[block], None)
+        wide = rows[block].float()
+        multiplier = levels / wide.abs().amax(dim=-1, keepdim=True).clamp_min(eps)
+        scale[block] = multiplier
+        codes[block] = round_to_levels_(wide * multiplier, None)
     return codes.view(x.shape), scale.view(*x.shape[:-1], 1)
 
 

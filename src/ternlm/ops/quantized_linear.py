@@ -16,8 +16,11 @@ from ternlm.ops.integer_matmul import integer_matmul
 from ternlm.ops.quantize import codes_on_grid, dequantize_weight, quantize_activation
 from ternlm.ops.row_blocks import row_blocks
 
-_COUNTS_AT_A_TIME = 1 << 21
-"""Integer sums held at a time on a CPU: 8 MiB, where all of them would take twice the memory of the output."""
+_SUMS_AT_A_TIME = 1 << 16
+"""Size of a block of the product on a CPU: its integer sums and their float32 form, 512 kB, stay in the L2 cache."""
+
+_COLUMNS_AT_A_TIME = 512
+"""Width of such a block: the exact product of a narrow layer is up to twice as fast as with all columns at once."""
 
 
 def quantized_linear(
@@ -116,7 +119,7 @@ class _IntegerLinear(torch.autograd.Function):
         x_codes, s = _activation_codes(x, bits, grid)
         ctx.save_for_backward(x_codes, s, codes, scale)
         ctx.sizes, ctx.x_shape, ctx.weight_dtype = sizes, x.shape, weight.dtype
-        outputs = _scaled_product(x_codes, s, codes, scale, sizes, x.dtype)
+        outputs = _product(x_codes, s, codes, scale, sizes, x.dtype)
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
     @staticmethod
@@ -129,7 +132,7 @@ class _IntegerLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad_y @ dequantize_weight(codes, per_row(scale, ctx.sizes), dtype)).view(ctx.x_shape)
         if ctx.needs_input_grad[1]:
-            rounded_x = x_codes.to(dtype) * s.reciprocal().to(dtype)
+            rounded_x = x_codes.to(dtype).mul_(s.reciprocal().to(dtype))
             grad_weight = _weight_gradient(grad_y, rounded_x).to(ctx.weight_dtype)
         return grad_x, grad_weight, None, None, None, None, None
 
@@ -155,20 +158,50 @@ class _StraightThrough(torch.autograd.Function):
         return grads[0], None
 
 
-def _scaled_product(
+def _product(
     x_codes: Tensor, s: Tensor, codes: Tensor, scale: Tensor, sizes: tuple[int, ...], dtype: torch.dtype
 ) -> list[Tensor]:
-    """(Xq Q_i^T) * (g_i / s) for each merged matrix: a float32 product, then the cast."""
+    """sum over groups of columns of (Xq Q_i^T) * (g_i / s), for each merged matrix."""
     if scale.dim() == 2 and scale.shape[1] > 1:
         return list(_grouped_product(x_codes, s, codes, scale).to(dtype).split(sizes, dim=1))
-    scales = scale.unbind() if scale.dim() == 1 else scale[:, 0].split(sizes)
-    outputs = [torch.empty(x_codes.shape[0], size, dtype=dtype, device=codes.device) for size in sizes]
-    for rows in row_blocks(x_codes, codes.shape[0], _COUNTS_AT_A_TIME):
-        counts = integer_matmul(x_codes[rows], codes).split(sizes, dim=1)
-        for y, part, g in zip(outputs, counts, scales, strict=True):
-            for block in row_blocks(part):
-                y[rows][block] = part[block] * (g / s[rows][block])
+    if torch.compiler.is_compiling() and codes.device.type == "cpu":
+        outputs: list[Tensor] = _blocked_product(x_codes, s, codes, scale, sizes, dtype)
+        return outputs
+    return _scaled_product(x_codes, s, codes, scale, sizes, dtype)
+
+
+def _scaled_product(
+    x_codes: Tensor, s: Tensor, codes: Tensor, scale: Tensor, sizes: Sequence[int], dtype: torch.dtype
+) -> list[Tensor]:
+    """(Xq Q_i^T) * (g_i / s) for each merged matrix: a float32 product, then the cast."""
+    outputs = _empty_outputs(x_codes, s, codes, scale, sizes, dtype)
+    scales = scale.unbind() if scale.dim() == 1 else scale[:, 0].split(list(sizes))
+    for y, matrix, g in zip(outputs, codes.split(list(sizes)), scales, strict=True):
+        for columns in _column_blocks(x_codes, matrix):
+            part, own = matrix[columns], g if g.dim() == 0 else g[columns]
+            for rows in row_blocks(x_codes, part.shape[0], _SUMS_AT_A_TIME):
+                y[rows, columns] = integer_matmul(x_codes[rows], part).float().mul_(own / s[rows])
     return outputs
+
+
+def _column_blocks(x_codes: Tensor, matrix: Tensor) -> list[slice]:
+    """Slices that cover the outputs of a matrix, in order, wider where there are few tokens."""
+    width = max(_COLUMNS_AT_A_TIME, _SUMS_AT_A_TIME // max(x_codes.shape[0], 1))
+    if torch.compiler.is_compiling() or matrix.device.type != "cpu":
+        width = matrix.shape[0]
+    return [slice(start, start + width) for start in range(0, matrix.shape[0], width)]
+
+
+def _empty_outputs(
+    x_codes: Tensor, s: Tensor, codes: Tensor, scale: Tensor, sizes: Sequence[int], dtype: torch.dtype
+) -> list[Tensor]:
+    """Where `_scaled_product` writes, given its arguments."""
+    return [torch.empty(x_codes.shape[0], size, dtype=dtype, device=codes.device) for size in sizes]
+
+
+# A compiler takes the operator as it is. It would compute all sums at once and write them to memory.
+_blocked_product = torch.library.custom_op("ternlm::scaled_product", _scaled_product, mutates_args=())
+_blocked_product.register_fake(_empty_outputs)
 
 
 def _grouped_product(x_codes: Tensor, s: Tensor, codes: Tensor, scale: Tensor) -> Tensor:

@@ -12,16 +12,16 @@ ELEMENTS = 1 << 17
 """Elements per block: 512 kB per float32 intermediate, so that several fit in an L2 cache."""
 
 
-def row_blocks(matrix: Tensor, columns: int | None = None, elements: int = ELEMENTS) -> list[slice]:
+def row_blocks(matrix: Tensor, columns: int | None = None, elements: int | None = None) -> list[slice]:
     """Slices that cover the rows of a matrix, in order.
 
     Args:
         matrix: (rows, columns).
         columns: Width of what is computed from a row, where it differs from that of the matrix.
-        elements: About how many elements a block may have.
+        elements: About how many elements a block may have; None is `ELEMENTS`.
     """
     rows = matrix.shape[0]
     if torch.compiler.is_compiling() or matrix.device.type != "cpu":
         return [slice(0, rows)]
-    step = max(1, elements // max(columns or matrix.shape[1], 1))
+    step = max(1, (elements or ELEMENTS) // max(columns or matrix.shape[1], 1))
     return [slice(start, start + step) for start in range(0, rows, step)]
