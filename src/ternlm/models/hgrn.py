@@ -53,6 +53,11 @@ class HGRNSettings(RecurrentSettings):
             )
         return self
 
+    @property
+    def kept_per_token(self) -> int:
+        """Gates, states and products around the scan of each layer: counted, 18 bytes per channel of memory."""
+        return 18 * self.num_hidden_layers * self.recurrence_width(self.hidden_size)
+
     def flops_per_token(self, context: int) -> float:
         """6 (ternary matrices + vocab_size * hidden_size) + 30 channels of memory, in each layer; any context."""
         blocks = self.num_hidden_layers * self.block_flops(self.hidden_size)

@@ -39,6 +39,11 @@ class ModelSettings(Settings):
         """Bytes per pair of positions that attention keeps where it is not fused; 0 where it always is."""
         return 0
 
+    @property
+    def kept_per_token(self) -> int:
+        """Bytes that blocks keep of a token for the backward pass besides inputs and outputs of linear layers."""
+        return 0
+
     def flops_per_token(self, context: int) -> float:
         """Floating-point operations of one training token (forward and backward) at a context length."""
         raise NotImplementedError

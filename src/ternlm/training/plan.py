@@ -149,18 +149,21 @@ def _packed_bytes(model: LanguageModel) -> int:
 def activation_bytes(model: LanguageModel, settings: RunSettings, rows: int) -> int:
     """An estimate of what a forward pass over so many sequences keeps for the backward pass.
 
-    Inputs of the linear layers (int8 when quantized, else the compute type), twice their outputs, and logits of the
-    positions that are scored, also those of a teacher. Each layer keeps its input; the outputs are kept by what
-    consumes them (attention, gate, norms), about twice over with the norms' own copies. Layers whose quantizers are
-    perturbed keep their weights as well, latent and rounded, and attention with dropout its scores where it is not
-    fused.
+    Inputs of the linear layers (int8 when quantized, else the compute type), twice their outputs, what a family keeps
+    besides, and logits of the positions that are scored, also those of a teacher. Each layer keeps its input; the
+    outputs are kept by what consumes them (attention, gate, norms), about twice over with the norms' own copies.
+    Layers whose quantizers are perturbed keep their weights as well, latent and rounded, and attention with dropout
+    its scores where it is not fused. Inner stages of a hierarchical model count as if nothing were cut.
     """
     training, length = settings.training, settings.data.sequence_length
     tokens = rows * length
     wide = 4 if training.precision == "fp32" else 2
     is_int8 = settings.quantization.weights != "none" and settings.quantization.activations != "none"
     layers = list(model.bit_linears().values())
-    per_token = sum(layer.in_features * (1 if is_int8 else wide) + 2 * wide * sum(layer.sizes) for layer in layers)
+    kept = settings.model.kept_per_token
+    per_token = kept + sum(
+        layer.in_features * (1 if is_int8 else wide) + 2 * wide * sum(layer.sizes) for layer in layers
+    )
     per_row = length * length * settings.model.kept_scores if _is_on_cpu(training.device) else 0
     if training.gradient_checkpointing:
         blocks = settings.model.total_blocks
