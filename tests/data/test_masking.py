@@ -21,7 +21,6 @@ from ternlm.data.windows import MaskedWindows, build_windows
 from ternlm.errors import DataError, SettingsError
 from ternlm.tokenizers import ByteTokenizer, Tokenizer, TokenizerSettings, load_tokenizer, train_bpe
 
-BERT = Path("/work/shared/data/tokenizers/bert-base-uncased")
 V = len(PIECES)
 
 
@@ -326,9 +325,8 @@ def test_masks_are_equal_in_two_processes(tmp_path: Path) -> None:
     assert len(printed_under_two_hash_seeds(code, str(Path(__file__).parent), str(tmp_path))) == 1
 
 
-@pytest.mark.skipif(not BERT.is_dir(), reason="the tokenizer of bert-base-uncased is not on this machine")
-def test_the_tokenizer_of_bert_hides_whole_words_and_no_specials() -> None:
-    tokenizer = load_tokenizer(BERT)
+def test_the_tokenizer_of_bert_hides_whole_words_and_no_specials(shared_data: Path) -> None:
+    tokenizer = load_tokenizer(shared_data / "tokenizers" / "bert-base-uncased")
     ids = tokenizer.encode("Antidisestablishmentarianism and hyperparameterization are unforgivably long words. " * 60)
     spans = torch.tensor(ids[:1260]).view(10, 126)
     spans[:, 60:62] = torch.tensor([102, 101])
