@@ -195,7 +195,9 @@ def test_ctrl_c_on_a_real_terminal_ends_with_0_and_gives_the_terminal_back(run: 
     master, slave = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "80", "LINES": "40"}
     command = [sys.executable, "-m", "ternlm", "status", "--watch"]
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     child = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment)
+    signal.signal(signal.SIGINT, inherited)
     os.close(slave)
     seen = b""
     try:
