@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ternlm.cli.options import Checkpoint, Device, Json, RunsDir, print_json, token_stream
-from ternlm.errors import EnvironmentFault
+from ternlm.cli.output import write_output, write_pictures
 
 if TYPE_CHECKING:
     from ternlm.checkpoint import Loaded
@@ -121,7 +121,7 @@ def _write_folder(folder: Path, record: dict[str, Any], formats: tuple[str, ...]
     from ternlm.report.analysis_tables import csv_rows
     from ternlm.report.chunk_picture import draw_statistics
 
-    write(folder / "analysis.json", to_json(record))
+    write_output(folder / "analysis.json", to_json(record))
     for kind, rows in csv_rows(record).items():
         if rows:
             text = io.StringIO()
@@ -129,30 +129,12 @@ def _write_folder(folder: Path, record: dict[str, Any], formats: tuple[str, ...]
             writer = csv.DictWriter(text, columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
-            write(folder / f"{kind}.csv", text.getvalue().encode())
+            write_output(folder / f"{kind}.csv", text.getvalue().encode())
     pictures = draw_all(record)
     if "chunks" in record:
         pictures["chunks"] = draw_statistics(record["chunks"])
     for name, figure in pictures.items():
-        for kind in formats:
-            picture = io.BytesIO()
-            figure.savefig(picture, format=kind, dpi=150)
-            write(folder / f"{name}.{kind}", picture.getvalue())
-
-
-def write(file: Path, content: bytes) -> None:
-    """Replace a file, with its folder if that is missing.
-
-    Raises:
-        EnvironmentFault: It cannot be written.
-    """
-    from ternlm.files import replace_durably
-
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        replace_durably(file, content)
-    except OSError as error:
-        raise EnvironmentFault(f"'{file}' cannot be written: {error.strerror}. Choose another --output.") from None
+        write_pictures(folder, name, figure, formats)
 
 
 def _print(record: dict[str, Any], full: bool) -> None:

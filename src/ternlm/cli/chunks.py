@@ -1,12 +1,12 @@
 """`ternlm analyze --chunks TEXT`: where a hierarchical model cuts a text."""
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ternlm.cli.options import print_json
+from ternlm.cli.output import write_output, write_pictures
 
 if TYPE_CHECKING:
     from ternlm.checkpoint import Loaded
@@ -44,18 +44,13 @@ def show_chunks(loaded: "Loaded", text: str, output: Path | None, formats: tuple
 
 
 def _write_folder(folder: Path, record: dict[str, Any], formats: tuple[str, ...]) -> None:
-    from ternlm.cli.analyze import write
     from ternlm.files import to_json
     from ternlm.report.chunk_page import chunk_page
     from ternlm.report.chunk_picture import draw_chunks
 
-    write(folder / "chunks.json", to_json(record))
-    write(folder / "chunks.html", chunk_page(record, _title(record)).encode())
-    figure = draw_chunks(record)
-    for kind in formats:
-        picture = io.BytesIO()
-        figure.savefig(picture, format=kind, dpi=150)
-        write(folder / f"chunks.{kind}", picture.getvalue())
+    write_output(folder / "chunks.json", to_json(record))
+    write_output(folder / "chunks.html", chunk_page(record, _title(record)).encode())
+    write_pictures(folder, "chunks", draw_chunks(record), formats)
 
 
 def _print(record: dict[str, Any]) -> None:

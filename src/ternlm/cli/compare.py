@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ternlm.cli.options import Device, Json, ProgressLine, RunsDir, print_json, token_stream
+from ternlm.cli.output import write_output, write_pictures
 from ternlm.cli.scoring import baselines_of, require_readable
-from ternlm.errors import EnvironmentFault, SettingsError
+from ternlm.errors import SettingsError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -163,29 +164,15 @@ def _name(path: Path, depth: int) -> str:
 
 
 def _write_folder(folder: Path, record: dict[str, Any], formats: tuple[str, ...]) -> None:
-    import io
-
     from ternlm.files import to_json
     from ternlm.report.comparison import as_csv
     from ternlm.report.comparison_picture import draw_comparison
 
-    _write(folder / "comparison.json", to_json(record))
-    _write(folder / "comparison.csv", as_csv(record).encode("utf-8", "backslashreplace"))
+    write_output(folder / "comparison.json", to_json(record))
+    write_output(folder / "comparison.csv", as_csv(record).encode("utf-8", "backslashreplace"))
     figure = draw_comparison(record)
-    for kind in formats if figure is not None else ():
-        picture = io.BytesIO()
-        figure.savefig(picture, format=kind, dpi=150)
-        _write(folder / f"comparison.{kind}", picture.getvalue())
-
-
-def _write(file: Path, content: bytes) -> None:
-    from ternlm.files import replace_durably
-
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        replace_durably(file, content)
-    except OSError as error:
-        raise EnvironmentFault(f"'{file}' cannot be written: {error.strerror}. Choose another --output.") from None
+    if figure is not None:
+        write_pictures(folder, "comparison", figure, formats)
 
 
 def _print(record: dict[str, Any]) -> None:

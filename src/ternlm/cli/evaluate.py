@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ternlm.cli.options import Checkpoint, Device, Json, RunsDir, print_json, token_stream
+from ternlm.cli.output import write_output
 from ternlm.cli.scoring import baselines_of, require_readable, training_text
 from ternlm.errors import SettingsError
 
@@ -90,18 +91,9 @@ def evaluate(
     else:
         _print(record)
     if output is not None:  # behind what is printed, so that a full disk does not cost the result
-        _write(output, record)
+        from ternlm.files import to_json
 
-
-def _write(output: Path, record: dict[str, Any]) -> None:
-    from ternlm.errors import EnvironmentFault
-    from ternlm.files import replace_durably, to_json
-
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        replace_durably(output, to_json(record))
-    except OSError as error:
-        raise EnvironmentFault(f"'{output}' cannot be written: {error.strerror}. Choose another --output.") from None
+        write_output(output, to_json(record))
 
 
 def _print(record: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ternlm.cli.options import Checkpoint, Device, Json, RunsDir
+from ternlm.cli.options import Checkpoint, Device, Json, RunsDir, read_lines
 from ternlm.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -47,13 +47,7 @@ def fill(
 
 
 def _read_texts(file: Path) -> list[str]:
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise SettingsError(f"file '{file}' cannot be read: {error.strerror}. Check the path.") from None
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"file '{file}' is not UTF-8 at byte {error.start:,}. Convert it first.") from None
-    texts = [line for line in lines if line.strip()]
+    texts = [line for line in read_lines(file, "file") if line.strip()]
     if not texts:
         raise SettingsError(f"file '{file}' holds no text. Write one with a [MASK] in it per line.")
     return texts

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from ternlm.cli.options import Checkpoint, Device, Json, RunsDir
-from ternlm.errors import EnvironmentFault, SettingsError
+from ternlm.cli.options import Checkpoint, Device, Json, RunsDir, read_lines
+from ternlm.cli.output import unwritable, write_output
+from ternlm.errors import SettingsError
 
 if TYPE_CHECKING:
     from ternlm.checkpoint import Loaded
@@ -136,7 +137,7 @@ def _write_all(
     except OSError as error:
         if output is None:
             raise
-        raise _unwritable(output, error) from None
+        raise unwritable(output, error) from None
     return found
 
 
@@ -151,18 +152,14 @@ def _opened(output: Path | None) -> Iterator[TextIO]:
     try:
         file = output.open("w", encoding="utf-8")
     except OSError as error:
-        raise _unwritable(output, error) from None
+        raise unwritable(output, error) from None
     try:
         yield file
     finally:
         try:
             file.close()  # writes what is left of the last rows
         except OSError as error:
-            raise _unwritable(output, error) from None
-
-
-def _unwritable(output: Path, error: OSError) -> EnvironmentFault:
-    return EnvironmentFault(f"'{output}' cannot be written: {error.strerror}. Choose another --output.")
+            raise unwritable(output, error) from None
 
 
 def _print_as_written(loaded: "Loaded", requests: Iterable["Request"]) -> None:
@@ -183,12 +180,7 @@ def _print_as_written(loaded: "Loaded", requests: Iterable["Request"]) -> None:
 
 
 def _read_prompts(file: Path) -> list[str]:
-    try:
-        lines = file.read_text(encoding="utf-8").removeprefix("\ufeff").split("\n")
-    except OSError as error:
-        raise SettingsError(f"prompt file '{file}' cannot be read: {error.strerror}. Check the path.") from None
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"prompt file '{file}' is not UTF-8 at byte {error.start:,}. Convert it first.") from None
+    lines = read_lines(file, "prompt file")
     numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not numbered:
         raise SettingsError(f"prompt file '{file}' holds no prompt. Write one per line.")
@@ -219,7 +211,7 @@ def _show_metrics(found: dict[str, Any], output: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ternlm.files import replace_durably, to_json
+    from ternlm.files import to_json
 
     shares = ("finished", "utf8_validity", "utf8_strict", "invalid_byte_rate", "repetition_frac", "seq_rep_4")
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -233,8 +225,5 @@ def _show_metrics(found: dict[str, Any], output: Path | None) -> None:
     Console(stderr=True, highlight=False).print(table)
     if output is not None:
         beside = output.with_suffix(".metrics.json")
-        try:
-            replace_durably(beside, to_json(found))
-        except OSError as error:
-            raise _unwritable(beside, error) from None
+        write_output(beside, to_json(found))
         typer.echo(f"metrics written to {beside}")

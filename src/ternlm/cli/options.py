@@ -145,6 +145,24 @@ def token_stream(loaded: "Loaded", data: str | None, split: str | None) -> "Toke
     return prepared.corpus.split("train" if split == "all" else split or "validation")
 
 
+def read_lines(file: "Path", noun: str) -> list[str]:
+    """The lines of a text file, without a byte order mark.
+
+    Args:
+        file: Where it lies.
+        noun: What sentences call it.
+
+    Raises:
+        SettingsError: It cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8").removeprefix("\ufeff").split("\n")
+    except OSError as error:
+        raise SettingsError(f"{noun} '{file}' cannot be read: {error.strerror}. Check the path.") from None
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{noun} '{file}' is not UTF-8 at byte {error.start:,}. Convert it first.") from None
+
+
 class ProgressLine:
     """A moving line on a terminal, one line every ten seconds elsewhere."""
 

@@ -102,6 +102,7 @@ def _measured(
     check: Callable[[], None],
 ) -> dict[str, Any]:
     from ternlm.evaluation.baselines import text_baselines, token_counts
+    from ternlm.evaluation.comparison import record_of
     from ternlm.evaluation.evaluate import evaluate
     from ternlm.evaluation.masked import masked_baselines, masking_of
     from ternlm.evaluation.protocols import end_of_whole_documents
@@ -109,12 +110,7 @@ def _measured(
     model, tokenizer, most = loaded.model, loaded.tokenizer, settings.measured_tokens
     length, masking = loaded.config["data"]["sequence_length"], masking_of(loaded.model, loaded.config)
     result = evaluate(model, stream, tokenizer, length, batch_size, most, check, masking, settings.protocol)
-    record = result.as_dict() | {"bpb_ci95": None}
-    if result.documents is not None and result.bpb is not None:
-        from ternlm.evaluation.bootstrap import interval, resampled_bpb
-
-        drawn = resampled_bpb(result.documents.nats[None], result.documents.bytes)
-        record["bpb_ci95"] = None if drawn is None else list(interval(drawn[0]))
+    record = {"bpb_ci95": None} | record_of(result)
     if not settings.baselines:
         return record
     train = corpus.split("train") if "train" in corpus.splits else None
