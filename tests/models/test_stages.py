@@ -8,6 +8,7 @@ import torch
 
 from builders import random_tokens, tiny_model
 from ternlm.errors import SettingsError
+from ternlm.models import FULL_PRECISION
 from ternlm.models.stages import QuantizationSettings, Stages
 from ternlm.training.schedule import Schedule, ScheduleSettings
 
@@ -55,6 +56,45 @@ def test_the_full_precision_twin_has_no_stages() -> None:
     assert made.boundaries() == []
     assert {mode.weights for k in (0, 100, 300) for mode in made.modes(k)} == {"none"}
     assert made.rate_factor(999) == 1
+
+
+def test_nothing_is_rounded_in_a_full_precision_start() -> None:
+    made = stages(progressive=False, full_precision_until=0.25)
+    assert [made.stage(k) for k in (0, 249, 250, 999)] == [0, 0, 3, 3]
+    assert made.boundaries() == [250]
+    assert {(mode.weights, mode.activations) for mode in made.modes(249)} == {("none", "none")}
+    assert {(mode.weights, mode.activations) for mode in made.modes(250)} == {("ternary", "int8")}
+    assert made.rate_factor(999) == 1
+    assert [made.stage_name(k) for k in (0, 250)] == ["full precision", "fully ternary"]
+
+
+def test_integers_and_then_ternary_weights_may_follow_a_full_precision_start() -> None:
+    made = stages(full_precision_until=0.05)
+    assert [made.stage(k) for k in (0, 49, 50, 99, 100, 300)] == [0, 0, 1, 1, 2, 3]
+    assert made.boundaries() == [50, 100, 300]
+    assert stages(progressive=False, full_precision_until=0.5, weights="int8").stage_name(500) == "int8"
+    assert not stages(progressive=False).is_staged
+
+
+def test_a_blend_may_lead_from_full_precision_to_ternary_weights() -> None:
+    made = stages(progressive=False, full_precision_until=0.25, blend_steps=3)
+    shares = [made.perturbation(2, k).blend for k in (0, 249, 250, 251, 252, 253)]
+    assert shares == [1.0, 1.0, 0.25, 0.5, 0.75, 1.0]
+    before = made.perturbation(2, 250).previous
+    assert before is not None and before.weights == "none"
+
+
+def test_a_model_in_its_full_precision_start_is_the_twin_and_then_ternary() -> None:
+    model, twin = tiny_model("bitnet"), tiny_model("bitnet")
+    twin.set_mode(FULL_PRECISION)
+    made = stages(blocks=2, progressive=False, full_precision_until=0.25)
+    tokens = random_tokens(2, 9)
+    made.apply(model, 249)
+    assert torch.equal(model(tokens).logits, twin(tokens).logits)
+    made.apply(model, 250)
+    fresh = tiny_model("bitnet")
+    assert torch.equal(model(tokens).logits, fresh(tokens).logits)
+    assert not torch.equal(model(tokens).logits, twin(tokens).logits)
 
 
 def test_t04_the_rate_stays_lowered_to_the_end_after_the_last_stage_begins() -> None:

@@ -74,6 +74,83 @@ def test_each_kind_of_parameter_has_its_share_of_the_rate() -> None:
         assert all(is_quantizer) if group["name"] == "quantizers" else not any(is_quantizer)
 
 
+def test_muon_updates_merged_matrices_as_if_they_were_separate() -> None:
+    model = tiny_bitnet()
+    optimizer = build_optimizer(model, OptimizerSettings(name="muon", weight_decay=0.3))
+    layer = model.bit_linears()["model.layers.0.self_attn.qkv"]
+    separate = [torch.nn.Parameter(part.clone()) for part in layer.weight.detach().split(layer.sizes)]
+    assert len(separate) == 3
+    reference = torch.optim.Muon(separate, lr=0.01, weight_decay=0.3, adjust_lr_fn="match_rms_adamw")
+    set_rates(optimizer, 0.01, 0.3)
+    for seed in range(3):
+        optimizer.zero_grad()
+        model(random_tokens(2, 9, seed=seed)).logits.square().mean().backward()
+        assert layer.weight.grad is not None
+        for part, gradient in zip(separate, layer.weight.grad.split(layer.sizes), strict=True):
+            part.grad = gradient.clone()
+        optimizer.step()
+        reference.step()
+        assert torch.equal(layer.weight, torch.cat(separate))
+
+
+def test_muon_leaves_everything_but_matrices_to_adamw() -> None:
+    model, other = tiny_bitnet(), tiny_bitnet()
+    muon = build_optimizer(model, OptimizerSettings(name="muon"))
+    adamw = build_optimizer(other, OptimizerSettings())
+    for each, optimizer in ((model, muon), (other, adamw)):
+        each(random_tokens(2, 9)).logits.square().mean().backward()
+        optimizer.step()
+    matrices = {id(parameter) for parameter in groups(model)["matrices"]}
+    for (name, left), right in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(left, right) is (id(left) not in matrices), name
+        assert left.grad is not None
+    assert {name.rpartition(".")[2] for name in optimizer_tensors(model, muon) if "qkv" in name} == {"momentum_buffer"}
+
+
+def test_an_update_of_muon_makes_codes_stale() -> None:
+    model = tiny_bitnet()
+    optimizer = build_optimizer(model, OptimizerSettings(name="muon"))
+    set_rates(optimizer, 0.5, 0.0)
+    layer = model.bit_linears()["model.layers.1.mlp.down"]
+    model(random_tokens(2, 9)).logits.square().mean().backward()
+    before, count = layer.codes.clone(), layer.quantizations
+    optimizer.step()
+    layer.refresh()
+    assert layer.quantizations == count + 1
+    assert not torch.equal(layer.codes, before)
+
+
+def test_l01_the_state_of_muon_is_put_back_by_name_and_one_of_adamw_is_refused() -> None:
+    models = [tiny_bitnet(), tiny_bitnet()]
+    first, second = (build_optimizer(model, OptimizerSettings(name="muon")) for model in models)
+    models[0](random_tokens(2, 9)).logits.square().mean().backward()
+    first.step()
+    tensors = {name: value.clone() for name, value in optimizer_tensors(models[0], first).items()}
+    load_optimizer_tensors(models[1], second, tensors)
+    models[1].load_state_dict(models[0].state_dict())
+    for model, optimizer in zip(models, (first, second), strict=True):
+        optimizer.zero_grad()
+        model(random_tokens(2, 9, seed=3)).logits.square().mean().backward()
+        optimizer.step()
+    for left, right in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(left, right)
+    with pytest.raises(CheckpointError, match=r"qkv\.weight\.step"):
+        load_optimizer_tensors(models[1], build_optimizer(models[1], OptimizerSettings()), tensors)
+
+
+def test_m07_a_loss_scaler_that_overflows_skips_the_update_of_muon_as_well() -> None:
+    model = tiny_bitnet()
+    optimizer = build_optimizer(model, OptimizerSettings(name="muon"))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    scaler.scale(model(random_tokens(2, 9)).logits.square().mean()).backward()
+    gradient = next(model.parameters()).grad
+    assert gradient is not None
+    gradient.view(-1)[0] = torch.inf
+    scaler.step(optimizer)
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
 def test_learned_scales_that_never_had_a_gradient_need_no_state() -> None:
     mode = QuantizationMode.model_validate({"quantizer": "ttq"})
     model, other = tiny_bitnet(mode=mode), tiny_bitnet(mode=mode)

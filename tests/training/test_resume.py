@@ -6,6 +6,7 @@ The corpus is so small that an epoch ends in the middle of a batch every few ste
 import csv
 import json
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,22 @@ def test_l01_a_resumed_run_equals_the_uninterrupted_one(
     assert state(run) == state(whole)
     assert records(run) == records(whole)
     assert (run.checkpoints / "best").read_text() == (whole.checkpoints / "best").read_text()
+
+
+def test_l01_a_run_with_muon_and_a_full_precision_start_resumes_in_either_part(
+    tmp_path: Path, prepared: Prepared
+) -> None:
+    sections = {"optimizer": {"name": "muon"}, "quantization": {"full_precision_until": 0.5, "blend_steps": 2}}
+    begin = partial(start, **sections)
+    whole = run_in(tmp_path, "whole")
+    begin(whole, prepared)
+    assert [row["train/stage"] for row in read_jsonl(whole.scalars)] == [0] * 7 + [3] * 7
+    for step in (5, 8):
+        run = run_in(tmp_path, f"stopped-{step}")
+        interrupt(run, prepared, step, "death", begin)
+        resume(run, prepared)
+        assert state(run) == state(whole)
+        assert records(run) == records(whole)
 
 
 def test_l01_resumes_may_follow_each_other(tmp_path: Path, prepared: Prepared, whole: RunDirectory) -> None:

@@ -56,10 +56,11 @@ CHANGED: dict[str, tuple[str, str]] = {
     "objective.mask_share": ("0.5", "1.1"),
     "objective.random_share": ("0.2", "-0.1"),
     "objective.whole_word": ("true", "x"),
-    "optimizer.name": ("adamw", "sgd"),
+    "optimizer.name": ("muon", "sgd"),
     "optimizer.learning_rate": ("3e-4", "0"),
     "optimizer.weight_decay": ("0", "-1"),
     "optimizer.betas": ("[0.9, 0.99]", "[0.9, 1]"),
+    "optimizer.momentum": ("0.9", "1"),
     "optimizer.eps": ("1e-6", "0"),
     "optimizer.embedding_lr_ratio": ("0.5", "0"),
     "optimizer.other_lr_ratio": ("0.5", "0"),
@@ -81,6 +82,7 @@ CHANGED: dict[str, tuple[str, str]] = {
     "quantization.ttq_percentile": ("25", "100"),
     "quantization.lsq_grad_clip": ("0.8", "0"),
     "quantization.least_bits": ("8", "9"),
+    "quantization.full_precision_until": ("25%", "-1"),
     "quantization.progressive": ("true", "x"),
     "quantization.int8_until": ("5%", "1.1"),
     "quantization.partial_until": ("0.4", "-0.1"),
@@ -155,7 +157,7 @@ CHANGED: dict[str, tuple[str, str]] = {
     "distillation.ramp_steps": ("0", "-1"),
     "distillation.ramp_fraction": ("20%", "1.1"),
 }
-ONE_VALUE = {"model.family", "objective.name", "optimizer.name", "quantization.ste"}  # or one that stands alone
+ONE_VALUE = {"model.family", "objective.name", "quantization.ste"}  # or one that stands alone
 
 
 def resolved(*assignments: str) -> RunSettings:

@@ -13,13 +13,15 @@ from ternlm.models.language_model import LanguageModel
 from ternlm.nn.quantization import DropBy, Perturbation, QuantizationMode
 from ternlm.settings import Count, Float
 
-STAGE_NAMES = {1: "int8 warm-up", 2: "partly ternary", 3: "fully ternary"}
+STAGE_NAMES = {0: "full precision", 1: "int8 warm-up", 2: "partly ternary", 3: "fully ternary"}
 
 
 class QuantizationSettings(QuantizationMode):
     """The `quantization` section of a run: how layers round, and on what way they get there.
 
     Attributes:
+        full_precision_until: Share of the run in which nothing is rounded at all, before everything else; optimizer
+            state is kept when rounding begins.
         progressive: Begin with 8-bit integer weights, then let the half of the layers nearest the output turn
             ternary, then all; otherwise all weights are ternary from the first update. Without effect where
             `weights` is ``none``, so that one setting makes the full-precision twin.
@@ -40,9 +42,11 @@ class QuantizationSettings(QuantizationMode):
         ternary_dropout_steps: Updates from the start with ternary dropout.
 
     Source:
-        Wei et al. 2022, QDrop (arXiv 2203.05740); Fan et al. 2020, quantization noise (arXiv 2004.07320).
+        Wei et al. 2022, QDrop (arXiv 2203.05740); Fan et al. 2020, quantization noise (arXiv 2004.07320); Nielsen et
+        al. 2025, full precision first (arXiv 2502.11895).
     """
 
+    full_precision_until: Float = 0.0
     progressive: bool = False
     int8_until: Float = 0.1
     partial_until: Float = 0.3
@@ -60,7 +64,7 @@ class QuantizationSettings(QuantizationMode):
 
     @model_validator(mode="after")
     def _shares(self) -> Self:
-        for name in ("int8_until", "partial_until", "qdrop", "qdrop_until"):
+        for name in ("full_precision_until", "int8_until", "partial_until", "qdrop", "qdrop_until"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"quantization.{name}={getattr(self, name)} must lie between 0 and 1")
         if not 0 <= self.ternary_dropout < 1:
@@ -71,6 +75,11 @@ class QuantizationSettings(QuantizationMode):
         if self.int8_until > self.partial_until:
             raise ValueError(
                 f"quantization.int8_until={self.int8_until} lies after quantization.partial_until={self.partial_until}"
+            )
+        if self.progressive and self.full_precision_until > self.int8_until:
+            raise ValueError(
+                f"quantization.full_precision_until={self.full_precision_until} lies after "
+                f"quantization.int8_until={self.int8_until}"
             )
         if not 0 < self.lr_factor <= 1:
             raise ValueError(f"quantization.lr_factor={self.lr_factor} must lie above 0 and not above 1")
@@ -95,14 +104,16 @@ class QuantizationSettings(QuantizationMode):
 class Stages:
     """Stage, rounding and perturbation of each block at each update of one run.
 
-    With N updates, e1 = floor(int8_until N) and e2 = floor(partial_until N):
+    With N updates, e0 = floor(full_precision_until N), e1 = floor(int8_until N) and e2 = floor(partial_until N):
 
-        stage(k)    1 while k < e1, 2 while k < e2, then 3
-        weights     int8 in stage 1; in stage 2 int8 below block floor(L / 2), ternary from it on; ternary in 3
+        stage(k)    0 while k < e0, 1 while k < e1, 2 while k < e2, then 3; without progressive e1 = e2 = e0
+        weights     not rounded in stage 0, nor activations; int8 in stage 1; in stage 2 int8 below block floor(L / 2),
+                    ternary from it on; ternary in 3
         bits        activations and integer weights have at least 8 bits in stage 1
-        rate        times 1 - (1 - lr_factor) clip((k - e2) / lr_ramp_steps, 0, 1)
+        rate        if progressive, times 1 - (1 - lr_factor) clip((k - e2) / lr_ramp_steps, 0, 1)
 
-    A model whose weights are not ternary in the end, such as the full-precision twin, has no stages.
+    A model whose weights are not rounded in the end, the full-precision twin, has no stages, and one whose weights are
+    integers only those in full precision and after.
 
     Args:
         settings: The section.
@@ -115,22 +126,34 @@ class Stages:
         self._base = settings.base()
         self._warm = self._base.model_copy(update={"weights": "int8", "least_bits": 8})
         self._waiting = self._base.model_copy(update={"weights": "int8"})
+        self._full = self._base.model_copy(update={"weights": "none", "activations": "none"})
         self.is_progressive = settings.progressive and settings.weights == "ternary"
-        share = (settings.int8_until, settings.partial_until) if self.is_progressive else (0.0, 0.0)
+        first = settings.full_precision_until if settings.weights != "none" else 0.0
+        share = (first, settings.int8_until, settings.partial_until) if self.is_progressive else (first,) * 3
         self._ends = tuple(math.floor(s * total_steps) for s in share)
         self._upper = num_blocks // 2
         qdrop_end = settings.qdrop_steps or math.floor(settings.qdrop_until * total_steps)
         self._qdrop_end = max(qdrop_end, 1)
 
     def stage(self, k: int) -> int:
-        """1, 2 or 3; always 3 where quantization is not progressive."""
-        return 1 + sum(k >= end for end in self._ends)
+        """0 to 3; always 3 where nothing changes on the way."""
+        return sum(k >= end for end in self._ends)
+
+    def stage_name(self, k: int) -> str:
+        """What the stage is called; after full precision, the weights that follow may be integers for good."""
+        stage = self.stage(k)
+        return STAGE_NAMES[stage] if stage < 3 or self.settings.weights == "ternary" else self.settings.weights
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether layers round differently at some time of the run."""
+        return self._ends[-1] > 0
 
     def mode(self, block: int, k: int) -> QuantizationMode:
         """How a block rounds in update k."""
         stage = self.stage(k)
-        if stage == 1:
-            return self._warm
+        if stage < 2:
+            return self._warm if stage else self._full
         return self._waiting if stage == 2 and block < self._upper else self._base
 
     def modes(self, k: int) -> list[QuantizationMode]:
@@ -155,11 +178,11 @@ class Stages:
 
     def turns_ternary(self, block: int) -> int:
         """The first update in which a block's weights are ternary, 0 from the start."""
-        return self._ends[0] if block >= self._upper else self._ends[1]
+        return self._ends[1] if block >= self._upper else self._ends[2]
 
     def rate_factor(self, k: int) -> float:
         """What the learning rate of update k is multiplied by."""
-        settings, end = self.settings, self._ends[1]
+        settings, end = self.settings, self._ends[2]
         if not self.is_progressive or k < end:
             return 1.0
         ramp = settings.lr_ramp_steps

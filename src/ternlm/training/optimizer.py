@@ -1,7 +1,8 @@
-"""The optimizer: AdamW with decay on quantizable matrices only, rates by kind of parameter, state by name."""
+"""The optimizer: AdamW, or Muon for quantizable matrices; decay of these only, rates by kind of parameter, state by
+name."""
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import field_validator
@@ -10,27 +11,30 @@ from torch import Tensor, nn
 from ternlm.errors import CheckpointError
 from ternlm.models import LanguageModel
 from ternlm.settings import Float, Settings
+from ternlm.training.muon import MATRICES, MuonAdamW
 
 
 class OptimizerSettings(Settings):
-    """AdamW.
+    """Which optimizer, and its rates.
 
     Attributes:
-        name: ``adamw``.
+        name: ``adamw``, or ``muon`` for quantizable matrices and AdamW for all else.
         learning_rate: Peak learning rate. Ternary models want about four to six times the rate of
             their full-precision twins.
         weight_decay: Decoupled decay of quantizable matrices; never of embeddings, norms or scales.
-        betas: Decay rates of the two moments.
+        betas: Decay rates of the two moments of AdamW.
+        momentum: Decay rate of the momentum of Muon.
         eps: Added to the root of the second moment.
         embedding_lr_ratio: Learning rate of embeddings and heads as a share of that of quantizable matrices.
         other_lr_ratio: The same for norms, biases and scalars.
         quantizer_lr_ratio: The same for learned scales and thresholds of quantizers.
     """
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"
     learning_rate: Float = 2e-3
     weight_decay: Float = 0.1
     betas: tuple[Float, Float] = (0.9, 0.95)
+    momentum: Float = 0.95
     eps: Float = 1e-8
     embedding_lr_ratio: Float = 1.0
     other_lr_ratio: Float = 1.0
@@ -50,28 +54,28 @@ class OptimizerSettings(Settings):
             raise ValueError("it must not be negative")
         return value
 
-    @field_validator("betas")
+    @field_validator("betas", "momentum")
     @classmethod
-    def _decay_rates(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in value):
-            raise ValueError("each beta must lie in [0, 1)")
+    def _decay_rates(cls, value: Any) -> Any:
+        if not all(0 <= rate < 1 for rate in (value if isinstance(value, tuple) else (value,))):
+            raise ValueError("a decay rate must lie in [0, 1)")
         return value
 
 
 def build_optimizer(model: LanguageModel, settings: OptimizerSettings) -> torch.optim.AdamW:
-    """Fused AdamW with groups ``matrices``, ``embeddings``, ``quantizers``, ``rest``; only matrices decay.
+    """The optimizer, with groups ``matrices``, ``embeddings``, ``quantizers``, ``rest``; only matrices decay.
 
     Every parameter is in exactly one group; tied tensors are one parameter. Each group has a ``ratio``, its learning
     rate as a share of that of the matrices. Parameters for which the model wants another rate
     (`LanguageModel.rate_factors`) are in groups of their own, such as ``matrices x1.5``.
     """
-    ratios = {"matrices": 1.0, "embeddings": settings.embedding_lr_ratio, "quantizers": settings.quantizer_lr_ratio,
+    ratios = {MATRICES: 1.0, "embeddings": settings.embedding_lr_ratio, "quantizers": settings.quantizer_lr_ratio,
               "rest": settings.other_lr_ratio}  # fmt: skip
-    matrices = {id(layer.weight) for layer in model.bit_linears().values()}
+    matrices = {id(layer.weight): layer.sizes for layer in model.bit_linears().values()}
     factors = model.rate_factors()
     members: dict[tuple[str, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        kind = "matrices" if id(parameter) in matrices else "rest"
+        kind = MATRICES if id(parameter) in matrices else "rest"
         if ".quantizer." in name:
             kind = "quantizers"
         elif kind == "rest" and model.is_embedding(name, parameter):
@@ -82,19 +86,18 @@ def build_optimizer(model: LanguageModel, settings: OptimizerSettings) -> torch.
             "params": parameters,
             "name": kind if factor == 1 else f"{kind} x{factor:g}",
             "ratio": ratios[kind] * factor,
-            "decays": kind == "matrices",
+            "kind": kind,
+            "decays": kind == MATRICES,
         }
         for (kind, factor), parameters in sorted(members.items(), key=lambda item: list(ratios).index(item[0][0]))
     ]
     fused = next(model.parameters()).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.learning_rate,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=0.0,
-        fused=fused,
-    )
+    common: dict[str, Any] = {
+        "lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps, "weight_decay": 0.0, "fused": fused
+    }  # fmt: skip
+    if settings.name == "muon":
+        return MuonAdamW(groups, matrices, settings.momentum, **common)
+    return torch.optim.AdamW(groups, **common)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
@@ -111,6 +114,13 @@ def optimizer_tensors(model: LanguageModel, optimizer: torch.optim.Optimizer) ->
         for name, parameter in model.named_parameters()
         for quantity, value in optimizer.state.get(parameter, {}).items()
     }
+
+
+def quantities(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> tuple[str, ...]:
+    """Names of what an optimizer remembers of a parameter."""
+    if isinstance(optimizer, MuonAdamW) and optimizer.is_matrix(parameter):
+        return ("momentum_buffer",)
+    return ("step", "exp_avg", "exp_avg_sq")
 
 
 def load_optimizer_tensors(
@@ -131,7 +141,7 @@ def load_optimizer_tensors(
             optimizer.state.pop(parameter, None)
             continue
         state: dict[str, Tensor] = {}
-        for quantity in ("step", "exp_avg", "exp_avg_sq"):
+        for quantity in quantities(optimizer, parameter):
             value = tensors.get(f"{name}.{quantity}")
             if value is None or (quantity != "step" and value.shape != parameter.shape):
                 raise CheckpointError(

@@ -9,7 +9,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from ternlm.models.stages import STAGE_NAMES, Stages
+from ternlm.models.stages import Stages
 from ternlm.settings import Count, Float, Settings
 
 ScheduleName = Literal["constant", "linear", "cosine", "wsd", "two_stage", "two_stage_continuous"]
@@ -79,7 +79,7 @@ class Schedule:
         peak: Peak learning rate P.
         weight_decay: Weight decay before it is switched off.
         total_steps: Number of updates N.
-        quantization: The stages of progressive quantization.
+        quantization: The stages in which layers round, if they change.
 
     Source:
         Ma et al., "The Era of 1-bit LLMs: Training Tips, Code and FAQ" (two stages, weight decay
@@ -94,7 +94,7 @@ class Schedule:
         total_steps: int,
         quantization: Stages | None = None,
     ) -> None:
-        self.quantization = quantization if quantization is not None and quantization.is_progressive else None
+        self.quantization = quantization if quantization is not None and quantization.is_staged else None
         self.settings, self.peak, self.total_steps = settings, peak, total_steps
         self.final = peak * settings.min_lr_ratio
         self.second_peak = peak * settings.second_peak_ratio
@@ -122,14 +122,14 @@ class Schedule:
         return self._weight_decay if k < self.weight_decay_end else 0.0
 
     def stage(self, k: int) -> int:
-        """The stage of progressive quantization, 1 to 3, or else of the schedule, 1 or 2; 1 where there is one only."""
+        """The stage of quantization, 0 to 3, or else of the schedule, 1 or 2; 1 where there is one only."""
         if self.quantization is not None:
             return self.quantization.stage(k)
         return 2 if self.has_stages and k >= self.boundary else 1
 
     def stage_name(self, k: int) -> str | None:
-        """What the stage of progressive quantization is called; None where there is none."""
-        return None if self.quantization is None else STAGE_NAMES[self.quantization.stage(k)]
+        """What the stage of quantization is called; None where there is none."""
+        return None if self.quantization is None else self.quantization.stage_name(k)
 
     def boundaries(self) -> list[int]:
         """Updates that begin a new stage: a checkpoint is kept on both sides of each."""
