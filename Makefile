@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: help demo test test-slow test-faults check format bench clean
+.PHONY: help demo test test-slow test-faults check format benchmark clean
 
 help:
 	@echo "make demo       train a small ternary model on generated stories (a few minutes)"
@@ -13,7 +13,7 @@ help:
 	@echo "make test-faults  kill, fill, cut off and damage everything, and see that nothing is lost (minutes)"
 	@echo "make check      lint and types"
 	@echo "make format     format the code"
-	@echo "make bench      measure a training step against its full-precision twin"
+	@echo "make benchmark  all benchmarks that fit into an hour; appends to benchmarks/results/history.jsonl"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,8 +47,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/training_step.py
+benchmark: $(VENV)/.dev
+	$(BIN)/python benchmarks/suite.py $(ONLY)
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,13 +1,12 @@
 """Arms that take turns: what the benchmarks of a training step share.
 
-All arms live in one process and are timed one step after the other, so that a machine whose speed drifts treats them
-alike. The clock is CPU time of the process, which other programs disturb least; wall time is kept beside it.
+All arms live in one process and take turns (`ternlm.benchmark.turns`), so that a machine whose speed drifts treats
+them alike. The clock is CPU time of the process, which other programs disturb least; wall time is kept beside it.
 """
 
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from training_step import machine
 
+from ternlm.benchmark.turns import interleave
 from ternlm.device import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
@@ -26,18 +26,9 @@ Times = dict[str, list[float]]
 
 def take_turns(calls: Mapping[str, Callable[[], Any]], warmup: int, steps: int) -> tuple[Times, Times]:
     """CPU and wall seconds of `steps` calls of each arm, after `warmup` that are not counted."""
-    for call in calls.values():
-        for _ in range(warmup):
-            call()
-    cpu: Times = {name: [] for name in calls}
-    wall: Times = {name: [] for name in calls}
-    for _ in range(steps):
-        for name, call in calls.items():
-            started, cpu_started = time.perf_counter(), time.process_time()
-            call()
-            cpu[name].append(time.process_time() - cpu_started)
-            wall[name].append(time.perf_counter() - started)
-    return cpu, wall
+    timings = interleave(calls, warmup, steps)
+    cpu = {name: timing.cpu_s for name, timing in timings.items()}
+    return cpu, {name: timing.wall_s for name, timing in timings.items()}
 
 
 def ratios(times: Times, arm: str, base: str) -> list[float]:

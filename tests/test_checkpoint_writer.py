@@ -74,14 +74,14 @@ class Gate(NamedTuple):
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    made, real = Gate(threading.Event(), threading.Event()), module._write_files
+    made, real = Gate(threading.Event(), threading.Event()), module.write_snapshot
 
     def held(*args: Any) -> None:
         made.reached.set()
         assert made.opened.wait(30)
         real(*args)
 
-    monkeypatch.setattr(module, "_write_files", held)
+    monkeypatch.setattr(module, "write_snapshot", held)
     yield made
     made.opened.set()
 
@@ -269,7 +269,7 @@ def test_a_failure_is_told_once_with_its_cause_and_the_next_save_succeeds(
     assert caught.value.exit_code == 3
     assert isinstance(caught.value.__cause__, OSError)
     assert caught.value.__cause__.errno == errno.ENOSPC
-    assert "_write_files" in {entry.name for entry in caught.traceback} | {
+    assert "write_snapshot" in {entry.name for entry in caught.traceback} | {
         frame.tb_frame.f_code.co_name for frame in walk(caught.value.__cause__.__traceback__)
     }
     assert writer.poll() is None, "an error is told once"
@@ -290,7 +290,7 @@ def walk(traceback: Any) -> Iterator[Any]:
 
 
 def test_a_mistake_in_the_thread_is_not_swallowed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_write_files", lambda *args: {}["nothing"])
+    monkeypatch.setattr(module, "write_snapshot", lambda *args: {}["nothing"])
     writer = Writer(root)
     writer.submit(6, made(6))
     with pytest.raises(KeyError):

@@ -2,12 +2,14 @@
 
 runs/<run_id>/
 |- status.json    what the run is doing now, replaced every few seconds
+|- report.html    what the run was and did, with report.md and report.json, written when it ends
 |- meta/          config.json (resolved settings), config_origin.json (where each value came from),
 |                 provenance.json (code, packages, hardware, seeds, command lines), dataset_fingerprint.json
 |- checkpoints/   step_000500/ ... and the one-line pointers best, last, final
 |- metrics/       scalars.jsonl: one row per logged step; ternary.jsonl: codes and scales of every matrix;
 |                 system.jsonl: CPU, memory, GPU; events.jsonl: starts, stops, anomalies and what was decided
-|- eval/          eval_results.jsonl: one row per evaluation
+|- eval/          eval_results.jsonl: one row per evaluation; lm_eval_000500.json: tasks, of step 500;
+|                 alignment.json: the newest checkpoint against the definition of BitNet b1.58
 |- samples/       samples.jsonl: generated text
 |- anomalies/     step_000812_loss_spike/ ...: evidence, enough to replay the step
 |- logs/          train.log, training_log.csv, eval_log.csv, tensorboard/
@@ -15,7 +17,8 @@ runs/<run_id>/
 |- wandb/         what the wandb package writes
 `- run.lock       held while a process trains here
 
-A sweep is a folder of runs: runs/<sweep_id>/sweep.json, and beside it the runs, called <sweep_id>/<run_id>.
+A sweep is a folder of runs: runs/<sweep_id>/sweep.json, and beside it the runs, called <sweep_id>/<run_id>; so is a
+twin, the two arms of a comparison: runs/<twin_id>/twin.json.
 """
 
 import errno
@@ -34,6 +37,9 @@ from ternlm.errors import EnvironmentFault, SettingsError
 from ternlm.files import held, replace_durably, synchronize_folder
 
 SWEEP = "sweep.json"
+TWIN = "twin.json"
+SCORES = "scores"
+"""The one folder in that of a twin that is no run."""
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -59,6 +65,7 @@ class RunDirectory:
         self.system = path / "metrics" / "system.jsonl"
         self.events = path / "metrics" / "events.jsonl"
         self.evaluations = path / "eval" / "eval_results.jsonl"
+        self.alignment = path / "eval" / "alignment.json"
         self.samples = path / "samples" / "samples.jsonl"
         self.anomalies = path / "anomalies"
         self.stream = path / "stream"
@@ -67,6 +74,10 @@ class RunDirectory:
         self.training_csv = path / "logs" / "training_log.csv"
         self.evaluation_csv = path / "logs" / "eval_log.csv"
         self.tensorboard = path / "logs" / "tensorboard"
+
+    def task_results(self, step: int) -> Path:
+        """Results of lm-evaluation-harness's tasks on the checkpoint of a step."""
+        return self.path / "eval" / f"lm_eval_{step:06d}.json"
 
     def create(self) -> None:
         """Make the folder and its parts.
@@ -189,12 +200,19 @@ def find_run(reference: str, root: Path) -> RunDirectory:
 def runs_around(run: RunDirectory) -> Path:
     """The folder in which other runs are known by name: the run's own, or around a sweep's trial that of the sweep."""
     folder = run.path.parent
-    return folder.parent if (folder / SWEEP).is_file() else folder
+    return folder.parent if _holds_trials(folder) else folder
 
 
 def runs_in(folder: Path) -> list[Path]:
-    """The folder itself, or the runs of a sweep."""
-    return sorted(folder.glob("*/")) if (folder / SWEEP).is_file() else [folder]
+    """The folder itself, or the runs of a sweep or a twin."""
+    if not _holds_trials(folder):
+        return [folder]
+    is_twin = (folder / TWIN).is_file()
+    return [path for path in sorted(folder.glob("*/")) if not (is_twin and path.name == SCORES)]
+
+
+def _holds_trials(folder: Path) -> bool:
+    return (folder / SWEEP).is_file() or (folder / TWIN).is_file()
 
 
 def append_jsonl(file: Path, row: Mapping[str, Any]) -> None:

@@ -33,11 +33,12 @@ evaluation: {every_steps: 100000, sample_tokens: 5}
 
 @pytest.fixture(autouse=True)
 def _private_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Caches and runs go to the test's own folder, and no setting comes from outside."""
+    """Caches and runs go to the test's own folder, no setting comes from outside, and no run ends with a report."""
     import os
 
     for name in [name for name in os.environ if name.startswith("TERNLM")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("TERNLM__tracking__report", "false")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")

@@ -96,7 +96,10 @@ def test_a_dry_run_shows_the_trials_and_the_sum_of_their_plans(ternlm, recipe: P
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_command_line_goes_on_top_of_a_sweep_file(recipe: Path, tmp_path: Path) -> None:
+def test_the_command_line_goes_on_top_of_a_sweep_file(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TERNLM__tracking__report")  # the environment's settings are those of the sweep too
     (tmp_path / "mine.yaml").write_text(
         f"recipe: {recipe}\nsettings: {{training: {{max_steps: 9, batch_size: 3}}}}\n"
         "grid: {learning_rate: [1e-3, 2e-3], warmup_steps: [0, 1]}\nseeds: [0, 1]\n"

@@ -8,8 +8,9 @@ import pytest
 
 from ternlm.data import CORPORA, DataSettings, open_corpus
 from ternlm.data.catalog import bucket
-from ternlm.data.hub import parse_hub_source, wikitext_articles
+from ternlm.data.hub import parse_hub_source
 from ternlm.data.stdlib import stdlib, stdlib_files
+from ternlm.data.wikitext import wikitext_articles
 from ternlm.errors import DataError, SettingsError
 
 SPLITS = ("train", "validation", "test")

@@ -25,6 +25,7 @@ class MemoryStream:
         self.document_bytes = np.array([len(text.encode()) for text in documents])
         self.document_hashes = np.array([abs(hash(text)) for text in documents], dtype=np.uint64)
         self.bytes, self.documents = int(self.document_bytes.sum()), len(documents)
+        self.words = sum(len(text.split()) for text in documents)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -51,7 +52,9 @@ class EchoModel(torch.nn.Module):
     def initial_state(self, batch_size: int) -> Tensor:
         return torch.zeros(batch_size, self.embed.shape[1])
 
-    def forward(self, tokens: Tensor, state: Tensor | None = None, lengths: Tensor | None = None) -> Output:
+    def forward(
+        self, tokens: Tensor, state: Tensor | None = None, lengths: Tensor | None = None, scored: Tensor | None = None
+    ) -> Output:
         self.widths.append((tokens.shape[0], tokens.shape[1]))
         h = self.initial_state(len(tokens)) if state is None else state
         seen = []
@@ -60,7 +63,8 @@ class EchoModel(torch.nn.Module):
             is_valid = torch.ones(len(tokens), dtype=torch.bool) if lengths is None else t < lengths
             h = torch.where(is_valid[:, None], moved, h)
             seen.append(h)
-        return Output(torch.stack(seen, dim=1) @ self.head.T, None if state is None else h, {})
+        logits = torch.stack(seen, dim=1) @ self.head.T
+        return Output(logits if scored is None else logits[scored], None if state is None else h, {})
 
     def bit_linears(self) -> dict[str, Any]:
         return {}

@@ -446,13 +446,13 @@ def test_gpus_are_asked_for_without_using_them(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(total=80 * 2**30))
     monkeypatch.setattr(pynvml, "nvmlSystemGetDriverVersion", lambda: "555.1")
     both = [{"name": f"GPU {i}", "memory_gb": 80.0, "driver": "555.1"} for i in range(2)]
-    assert provenance._hardware()["gpus"] == both
+    assert provenance.hardware()["gpus"] == both
 
     def refuse(*args: Any) -> None:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NO_PERMISSION)
 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", refuse)
-    assert provenance._hardware()["gpus"] == []
+    assert provenance.hardware()["gpus"] == []
     monkeypatch.setattr(pynvml, "nvmlInit", refuse)
-    assert provenance._hardware()["gpus"] == []
+    assert provenance.hardware()["gpus"] == []
     assert closed == [True, True]

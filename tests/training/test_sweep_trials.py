@@ -38,13 +38,13 @@ end('stopped', 130)
 """
 
 
-class Scripted(TrialRunner):
+class Scripted(TrialRunner[SweepRecord]):
     """A runner whose trials are scripts, by name."""
 
     scripts: dict[str, str]
 
     def command(self, trial: Trial) -> list[str]:
-        return [sys.executable, "-c", HEAD + self.scripts[trial.id], str(self.sweep.run(trial).path)]
+        return [sys.executable, "-c", HEAD + self.scripts[trial.id], str(self.folder.run(trial).path)]
 
 
 Make = Callable[..., Scripted]
@@ -86,23 +86,25 @@ def test_trials_run_one_after_the_other_and_their_ends_are_kept(make: Make) -> N
     told: list[tuple[str, int]] = []
     runner._ended = lambda trial, end: told.append((trial.id, end.code))
     runner.run(runner.record.trials)
-    assert (runner.sweep.path / "order").read_text() == "abcd"
+    assert (runner.folder.path / "order").read_text() == "abcd"
     assert told == [("a", 0), ("b", 3), ("c", 4), ("d", 0)]
-    kept = runner.sweep.read()
+    kept = runner.folder.read()
     assert kept.ends["b"] == End(3, "Broken: for good")
-    assert [path.name for path in runner.sweep.path.glob("*.log")] == ["b.log"], "only where something was said"
-    assert pending(runner.sweep, kept, retry_failed=False) == []
-    assert [trial.id for trial in pending(runner.sweep, kept, retry_failed=True)] == ["b"]
+    assert [path.name for path in runner.folder.path.glob("*.log")] == ["b.log"], "only where something was said"
+    assert pending(runner.folder, kept, retry_failed=False) == []
+    assert [trial.id for trial in pending(runner.folder, kept, retry_failed=True)] == ["b"]
 
 
-def test_a_trial_sees_the_environment_without_settings(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_sees_the_environment_without_settings_and_writes_no_report(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TERNLM__training__batch_size", "3")
     monkeypatch.setenv("WANDB_RUN_GROUP", "mine")
     monkeypatch.delenv("WANDB_NAME", raising=False)
     runner = make(a="(run / 'env').write_text(json.dumps(dict(os.environ)))\n" + FINISH)
     runner.run(runner.record.trials)
-    seen = json.loads((runner.sweep.path / "a" / "env").read_text())
-    assert not [name for name in seen if name.startswith("TERNLM__")]
+    seen = json.loads((runner.folder.path / "a" / "env").read_text())
+    assert {name: seen[name] for name in seen if name.startswith("TERNLM__")} == {"TERNLM__tracking__report": "false"}
     assert (seen["WANDB_RUN_GROUP"], seen["WANDB_NAME"]) == ("mine", "s/a")
 
 
@@ -119,7 +121,7 @@ while len(list(run.parent.glob("here-*"))) < 2:
     runner = make(parallel=2, a=meet + FINISH, b=meet + FINISH, c=FINISH)
     runner.run(runner.record.trials)
     assert {name: end.code for name, end in runner.record.ends.items()} == {"a": 0, "b": 0, "c": 0}
-    gpus = [json.loads((runner.sweep.path / name / "gpu").read_text()) for name in "ab"]
+    gpus = [json.loads((runner.folder.path / name / "gpu").read_text()) for name in "ab"]
     assert [gpu for gpu, _ in gpus] == ["4", "7"]
     assert {threads for _, threads in gpus} == {str(max((os.cpu_count() or 1) // 2, 1))}
 
@@ -129,24 +131,24 @@ def test_l01_a_signal_is_passed_on_once_and_what_waits_is_not_begun(
     make: Make, number: signal.Signals, error: type[Exception]
 ) -> None:
     runner = make(a=FINISH, b=WAIT_FOR_SIGNAL, c=FINISH)
-    when((runner.sweep.path / "b" / "ready").exists, lambda: os.kill(os.getpid(), number))
+    when((runner.folder.path / "b" / "ready").exists, lambda: os.kill(os.getpid(), number))
     with pytest.raises(error, match=r"1 of 3 trials are done.*ternlm sweep --resume"):
         runner.run(runner.record.trials)
-    assert json.loads((runner.sweep.path / "b" / "signals").read_text()) == [number]
-    assert not (runner.sweep.path / "c").exists()
-    assert [trial.id for trial in pending(runner.sweep, runner.sweep.read(), retry_failed=False)] == ["b", "c"]
+    assert json.loads((runner.folder.path / "b" / "signals").read_text()) == [number]
+    assert not (runner.folder.path / "c").exists()
+    assert [trial.id for trial in pending(runner.folder, runner.folder.read(), retry_failed=False)] == ["b", "c"]
 
 
 def test_no_process_is_left_behind_when_the_sweep_itself_fails(make: Make) -> None:
     runner = make(parallel=2, a=WAIT_FOR_SIGNAL, b="time.sleep(0.2)\n" + FINISH)
 
     def fail(trial: Trial, end: End) -> None:
-        while not (runner.sweep.path / "a" / "ready").exists():
+        while not (runner.folder.path / "a" / "ready").exists():
             time.sleep(0.01)
         raise ZeroDivisionError
 
     runner._ended = fail
     with pytest.raises(ZeroDivisionError):
         runner.run(runner.record.trials)
-    assert json.loads((runner.sweep.path / "a" / "signals").read_text()) == [signal.SIGTERM]
-    assert runner.sweep.read().ends["a"].code == 130
+    assert json.loads((runner.folder.path / "a" / "signals").read_text()) == [signal.SIGTERM]
+    assert runner.folder.read().ends["a"].code == 130

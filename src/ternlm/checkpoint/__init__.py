@@ -15,11 +15,13 @@ from ternlm.checkpoint.loading import (
     open_newest,
 )
 from ternlm.checkpoint.manifest import verify
+from ternlm.checkpoint.packed import ENCODINGS, pack, packed_snapshot, ternary_layers, ternary_matrices
 from ternlm.checkpoint.snapshot import Contents
 from ternlm.checkpoint.store import abandon, folder, newest_valid, point, prune, remove_unfinished, resolve, steps
-from ternlm.checkpoint.writer import Saved, Writer, require_room, save, save_as
+from ternlm.checkpoint.writer import Saved, Writer, require_room, save, save_as, write_snapshot
 
 __all__ = [
+    "ENCODINGS",
     "Contents",
     "Loaded",
     "Opened",
@@ -32,6 +34,8 @@ __all__ = [
     "newest_valid",
     "open_checkpoint",
     "open_newest",
+    "pack",
+    "packed_snapshot",
     "point",
     "prune",
     "remove_unfinished",
@@ -40,5 +44,8 @@ __all__ = [
     "save",
     "save_as",
     "steps",
+    "ternary_layers",
+    "ternary_matrices",
     "verify",
+    "write_snapshot",
 ]

@@ -1,18 +1,30 @@
 """From a verified checkpoint to a model, or to the state that training goes on from."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ternlm.checkpoint.manifest import CONFIG, MODEL, OPTIMIZER, STATE, parse_object, parse_tensors, read_verified
+from ternlm.checkpoint.manifest import (
+    CONFIG,
+    MODEL,
+    OPTIMIZER,
+    PACKED,
+    STATE,
+    parse_object,
+    parse_tensors,
+    read_manifest,
+    read_verified,
+)
+from ternlm.checkpoint.packed import load_packed, parse_metadata, require_packed_fitting
 from ternlm.checkpoint.snapshot import environment
 from ternlm.checkpoint.store import first_good
 from ternlm.device import choose_dtype
 from ternlm.errors import CheckpointError, SettingsError
-from ternlm.models import LanguageModel, QuantizationMode, build_model, model_settings
+from ternlm.models import LanguageModel, ModelSettings, QuantizationMode, build_model, model_settings
 from ternlm.models.stages import QuantizationSettings, Stages
 from ternlm.tokenizers import Tokenizer, load_tokenizer
 
@@ -49,14 +61,16 @@ def load(path: Path, device: torch.device | str = "cpu", mode: QuantizationMode 
     """Verify a checkpoint and build its model, in evaluation mode.
 
     Args:
-        path: A checkpoint folder.
+        path: A checkpoint folder; with packed weights the model has codes and scales, and no latent weights.
         device: Where the model goes.
         mode: Rounding to use instead of the one it was trained with, which is that of its last update.
 
     Raises:
         CheckpointError: The checkpoint is damaged or does not fit its own settings.
     """
-    _, files = read_verified(path, only=(MODEL, CONFIG, STATE))
+    is_packed = path.is_dir() and PACKED in read_manifest(path)["files"]
+    weights = PACKED if is_packed else MODEL
+    _, files = read_verified(path, only=(weights, CONFIG, STATE))
     config, state = parse_object(path, CONFIG, files), parse_object(path, STATE, files)
     try:
         settings = model_settings(config["model"])
@@ -68,20 +82,16 @@ def load(path: Path, device: torch.device | str = "cpu", mode: QuantizationMode 
         dtype = choose_dtype(config["training"]["precision"], torch.device(device))
     except (LookupError, TypeError, ValueError, AttributeError, SettingsError) as error:
         raise CheckpointError(f"'{path / CONFIG}' describes no model ({error}). Use another checkpoint.") from None
-    tensors = parse_tensors(path, MODEL, files[MODEL])
-    try:
-        if settings.total_blocks > len(tensors):
-            raise RuntimeError(f"more layers than the {len(tensors)} tensors of the file")
-        with torch.device("meta"):  # sizes are compared before any memory is taken for them
-            require_fitting(build_model(settings, quantization.base()), tensors, path)
-        with torch.device(device):
-            model = build_model(settings, quantization.base())
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0][:200]
-        raise CheckpointError(f"'{path / CONFIG}' describes no model ({reason}). Use another checkpoint.") from None
+    tensors = parse_tensors(path, weights, files[weights])
+    metadata = parse_metadata(files[weights], path / weights) if is_packed else {}
+    fits = partial(require_packed_fitting, metadata=metadata) if is_packed else require_fitting
+    model = _built(settings, quantization.base(), device, tensors, path, fits)
     model.compute_dtype = dtype
-    load_tensors(model, tensors, path)
+    if not is_packed:
+        load_tensors(model, tensors, path)
     stages.apply(model, last_update)
+    if is_packed:
+        load_packed(model, tensors, metadata, path / weights)
     if mode is not None:
         model.set_mode(mode)
     tokenizer = load_tokenizer(path)
@@ -92,6 +102,27 @@ def load(path: Path, device: torch.device | str = "cpu", mode: QuantizationMode 
             f"trained with ({str(expected)[:12]}). Copy the original tokenizer files back."
         )
     return Loaded(model.eval(), tokenizer, config, state, path)
+
+
+def _built(
+    settings: ModelSettings,
+    mode: QuantizationMode,
+    device: torch.device | str,
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    require: Callable[..., None],
+) -> LanguageModel:
+    """An uninitialized model, built only if `require` lets tensors be loaded into it."""
+    try:
+        if settings.total_blocks > len(tensors):
+            raise RuntimeError(f"more layers than the {len(tensors)} tensors of the file")
+        with torch.device("meta"):  # sizes are compared before any memory is taken for them
+            require(build_model(settings, mode), tensors, path=path)
+        with torch.device(device):
+            return build_model(settings, mode)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0][:200]
+        raise CheckpointError(f"'{path / CONFIG}' describes no model ({reason}). Use another checkpoint.") from None
 
 
 def open_checkpoint(path: Path) -> Opened:

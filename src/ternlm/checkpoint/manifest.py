@@ -20,12 +20,14 @@ from ternlm.files import from_json, read_regular, regular_file, to_json
 
 SCHEMA = 1
 MANIFEST, MODEL, OPTIMIZER = "manifest.json", "model.safetensors", "optimizer.safetensors"
+PACKED = "model.packed.safetensors"
 STATE, CONFIG = "trainer_state.json", "config.json"
 
 LARGEST_JSON = 64 * 2**20
 LARGEST_FILE = 256 * 2**30
 
 _REQUIRED = (MODEL, OPTIMIZER, STATE, CONFIG)
+_REQUIRED_OF_PACKED = (PACKED, STATE, CONFIG)
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SINCE_SEALED = ("run_id", "rollbacks", "finite", "env")
@@ -50,7 +52,12 @@ def read_verified(path: Path, only: tuple[str, ...]) -> tuple[dict[str, Any], di
     if not path.is_dir():
         raise CheckpointError(f"checkpoint '{path}' does not exist. Check the path.")
     manifest = read_manifest(path)
-    for name in (*_REQUIRED, *only):
+    is_packed = PACKED in manifest["files"]
+    if is_packed and OPTIMIZER in only:
+        raise CheckpointError(
+            f"'{path}' holds packed weights, from which training cannot go on. Use the run's own checkpoint."
+        )
+    for name in (*(_REQUIRED_OF_PACKED if is_packed else _REQUIRED), *only):
         if name not in manifest["files"]:
             raise CheckpointError(f"checkpoint '{path}' has no '{name}' in its {MANIFEST}. {_ANOTHER}")
     kept: dict[str, bytes] = {}

@@ -140,14 +140,17 @@ def environment() -> dict[str, str]:
     }
 
 
-def serialize(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
+def serialize(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = MappingProxyType({})
+) -> list[bytes | memoryview]:
     """A safetensors file in pieces: the header, then the tensors' own memory, widest types first.
 
     Args:
         tensors: Contiguous, on the CPU.
+        metadata: Further entries of the header.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name in order:
         tensor = tensors[name]

@@ -244,7 +244,7 @@ def _commit(target: Path, snapshot: Snapshot, way_out: str = _WAY_OUT) -> Path:
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        _write_files(temporary, snapshot)
+        write_snapshot(temporary, snapshot)
         synchronize_folder(temporary)
         if target.exists():  # a damaged one, passed over on resume; it gives way only now
             remove(target)
@@ -266,18 +266,24 @@ def _commit(target: Path, snapshot: Snapshot, way_out: str = _WAY_OUT) -> Path:
     return target
 
 
-def _write_files(temporary: Path, snapshot: Snapshot) -> None:
+def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
+    """Write all files of a checkpoint into an empty folder, the manifest last.
+
+    Raises:
+        OSError: The disk is full or failing.
+        TokenizerError: The tokenizer's files cannot be written.
+    """
     files = {}
     for name, parts in snapshot.files.items():
-        size, sha256 = write_parts_durably(temporary / name, parts)
+        size, sha256 = write_parts_durably(folder / name, parts)
         files[name] = {"bytes": size, "sha256": sha256}
-    snapshot.tokenizer.save(temporary)
-    for path in sorted(temporary.iterdir()):
+    snapshot.tokenizer.save(folder)
+    for path in sorted(folder.iterdir()):
         if path.name not in files:
             content = path.read_bytes()
             files[path.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     manifest = {**snapshot.manifest, "files": files}
-    write_durably(temporary / MANIFEST, to_json({**manifest, "sha256": seal(manifest)}))
+    write_durably(folder / MANIFEST, to_json({**manifest, "sha256": seal(manifest)}))
 
 
 def _needed(size: int, min_free: int) -> int:

@@ -8,6 +8,7 @@ import typer
 import ternlm
 from ternlm.cli import (
     analyze,
+    benchmark,
     calibrate,
     chat,
     compare,
@@ -16,18 +17,21 @@ from ternlm.cli import (
     doctor,
     evaluate,
     experiment,
+    export,
     fill,
     generate,
     inspect,
     plan,
     recipes,
     replay,
+    report,
     resume,
     runs,
     status,
     sweep,
     tokenizer,
     train,
+    twin,
 )
 from ternlm.errors import TernlmError
 
@@ -83,8 +87,10 @@ app.command("resume", rich_help_panel=_START)(resume.resume)
 app.command("status", rich_help_panel=_START)(status.status)
 app.command("watch", hidden=True)(status.watch)
 app.command("runs", rich_help_panel=_START)(runs.runs)
+app.command("report", rich_help_panel=_START)(report.report)
 app.command("replay", rich_help_panel=_START)(replay.replay)
 app.command("sweep", rich_help_panel=_START)(sweep.sweep)
+app.command("twin", rich_help_panel=_START)(twin.twin)
 app.command("experiment", rich_help_panel=_START)(experiment.experiment)
 app.command("plan", rich_help_panel=_START)(plan.plan)
 app.command("recipes", rich_help_panel=_START)(recipes.recipes)
@@ -93,6 +99,7 @@ app.command("evaluate", rich_help_panel=_MODEL)(evaluate.evaluate)
 app.command("eval", hidden=True)(evaluate.evaluate)
 app.command("compare", rich_help_panel=_MODEL)(compare.compare)
 app.command("calibrate", rich_help_panel=_MODEL)(calibrate.calibrate)
+app.command("export", rich_help_panel=_MODEL)(export.export)
 app.command("generate", rich_help_panel=_MODEL)(generate.generate)
 app.command("fill", rich_help_panel=_MODEL)(fill.fill)
 app.command("chat", rich_help_panel=_MODEL)(chat.chat)
@@ -101,3 +108,4 @@ app.command("analyze", rich_help_panel=_MODEL)(analyze.analyze)
 app.add_typer(data.app, name="data", rich_help_panel=_DATA)
 app.add_typer(tokenizer.app, name="tokenizer", rich_help_panel=_DATA)
 app.command("doctor", rich_help_panel=_MACHINE)(doctor.doctor)
+app.command("benchmark", rich_help_panel=_MACHINE)(benchmark.benchmark)

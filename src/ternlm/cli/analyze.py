@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ternlm.cli.options import Checkpoint, Device, Json, RunsDir, print_json, token_stream
+from ternlm.cli.options import Checkpoint, Device, EncodingErrors, Json, RunsDir, print_json, token_stream
 from ternlm.cli.output import write_output, write_pictures
+from ternlm.errors import SettingsError
 
 if TYPE_CHECKING:
     from ternlm.checkpoint import Loaded
@@ -22,6 +23,7 @@ def analyze(
         str | None,
         typer.Option(help="train, validation, test, or all.", show_default="all of a local --data, else validation"),
     ] = None,
+    encoding_errors: EncodingErrors = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to read.")] = 8192,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 4,
     sensitivity: Annotated[bool, typer.Option(help="The loss with each block and layer in full precision.")] = True,
@@ -56,7 +58,12 @@ def analyze(
     if chunks is not None:
         show_chunks(loaded, chunks, output, formats, as_json)
         return
-    stream = token_stream(loaded, data, split)
+    if loaded.model.is_packed:
+        raise SettingsError(
+            f"'{loaded.path}' holds packed weights, and there is nothing to say of latent ones. Analyze the run's own "
+            "checkpoint; 'ternlm inspect' shows codes and scales."
+        )
+    stream = token_stream(loaded, data, split, encoding_errors)
     measured = _measure(loaded, stream, (max_tokens, batch_size), (sensitivity, repeats, backward))
     record = _identity(loaded, stream, data) | measured
     if output is not None:

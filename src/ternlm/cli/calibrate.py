@@ -49,6 +49,7 @@ def calibrate(
     target = choose_device(device)
     set_up(target)
     loaded = checkpoints.load(checkpoints.resolve(checkpoint, runs_root(runs_dir)), target)
+    loaded.model.tensors()  # of packed weights no checkpoint is made
     calibration.static_sites(loaded.model)  # without any there is nothing to prepare data for
     masking = masking_of(loaded.model, loaded.config)
     held_out = token_stream(loaded, None, "validation")

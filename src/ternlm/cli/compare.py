@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ternlm.cli.options import Device, Json, ProgressLine, RunsDir, print_json, token_stream
+from ternlm.cli.options import (
+    Device,
+    EncodingErrors,
+    Json,
+    ProgressLine,
+    RunsDir,
+    Stride,
+    WikiText,
+    print_json,
+    token_stream,
+)
 from ternlm.cli.output import write_output, write_pictures
 from ternlm.cli.scoring import baselines_of, require_readable
 from ternlm.errors import SettingsError
@@ -35,6 +45,9 @@ def compare(
         Literal["block", "stream"],
         typer.Option(help="block: windows side by side; stream: memory carried through each document."),
     ] = "block",
+    stride: Stride = None,
+    wikitext: WikiText = None,
+    encoding_errors: EncodingErrors = None,
     sequence_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens per window, of all models.", show_default="each run's")
     ] = None,
@@ -66,10 +79,10 @@ def compare(
     for reference, name in zip(checkpoints, _names(checkpoints, runs_dir), strict=True):
         loaded = _load(reference, runs_dir, target)
         require_readable(loaded, sequence_length)
-        stream = token_stream(loaded, data, split)
+        stream = token_stream(loaded, data, split, encoding_errors, wikitext)
         line.say(f"scoring {name}")
         with interruption.watched():
-            how = (sequence_length or loaded.config["data"]["sequence_length"], batch_size, max_bytes)
+            how = (sequence_length or loaded.config["data"]["sequence_length"], batch_size, max_bytes, stride)
             found.append(_contender(loaded, stream, name, protocol, how, interruption.check))
             if baselines and not bits:
                 bits = _baselines(loaded, stream, name, max_bytes, interruption.check)
@@ -88,10 +101,10 @@ def _contender(
     stream: "TokenStream",
     name: str,
     protocol: "Protocol",
-    how: tuple[int, int, int | None],
+    how: tuple[int, int, int | None, int | None],
     check: "Callable[[], None]",
 ) -> "Contender":
-    """Score one model; `how` is the length of a window, rows per pass, and the limit in bytes."""
+    """Score one model; `how` is the length of a window, rows per pass, the limit in bytes, and the stride."""
     import numpy as np
     import torch
 
@@ -99,10 +112,10 @@ def _contender(
     from ternlm.evaluation.evaluate import evaluate
     from ternlm.evaluation.memory import state_bytes
 
-    model, (sequence_length, batch_size, max_bytes) = loaded.model, how
+    model, (sequence_length, batch_size, max_bytes, stride) = loaded.model, how
     require_comparable(model, name)
     last = end_within_bytes(stream, max_bytes)
-    result = evaluate(model, stream, loaded.tokenizer, sequence_length, batch_size, last, check, None, protocol)
+    result = evaluate(model, stream, loaded.tokenizer, sequence_length, batch_size, last, check, None, protocol, stride)
     first = torch.from_numpy(stream.read(0, min(sequence_length, last)).astype(np.int64))
     counts = model.parameter_counts()
     return Contender(

@@ -24,6 +24,7 @@ def demo(
     Shows text before and after, held-out bits per byte beside a baseline and the corpus's own
     entropy, and draws the loss curve.
     """
+    from ternlm.cli.report import reported
     from ternlm.data.stories import entropy_floor
     from ternlm.device import choose_device, set_up
     from ternlm.run_directory import RunDirectory, new_run_id, runs_root
@@ -45,7 +46,7 @@ def demo(
     )
     run = RunDirectory(runs_root(runs_dir) / new_run_id("demo"))
     run.create()
-    with launch.begun(run, settings, resolved.origins) as status:
+    with reported(run, quiet=False), launch.begun(run, settings, resolved.origins) as status:
         trainer = Trainer(settings, prepared.corpus, prepared.tokenizer, run, status=status)
         provenance.record(run, settings, 0)
         provenance.record_data(run, prepared.corpus)

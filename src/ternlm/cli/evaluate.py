@@ -5,9 +5,20 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ternlm.cli.options import Checkpoint, Device, Json, RunsDir, print_json, token_stream
+from ternlm.cli.options import (
+    Checkpoint,
+    Device,
+    EncodingErrors,
+    Json,
+    RunsDir,
+    Stride,
+    WikiText,
+    print_json,
+    token_stream,
+)
 from ternlm.cli.output import write_output
-from ternlm.cli.scoring import baselines_of, require_readable, training_text
+from ternlm.cli.scoring import baselines_of, how_read, require_readable, training_text, word_perplexity_of
+from ternlm.cli.tasks import evaluate_on_tasks, require_tasks_alone
 from ternlm.errors import SettingsError
 
 
@@ -29,6 +40,9 @@ def evaluate(
         Literal["block", "stream"],
         typer.Option(help="block: windows side by side; stream: memory carried through each document."),
     ] = "block",
+    stride: Stride = None,
+    wikitext: WikiText = None,
+    encoding_errors: EncodingErrors = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass; no effect on the result.")] = 16,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Score whole documents within so many tokens.")] = None,
     pll: Annotated[
@@ -37,6 +51,11 @@ def evaluate(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Also uniform, unigram, n-grams of bytes, gzip and xz on the same text.")
     ] = False,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Instead of a text, tasks of lm-evaluation-harness: wikitext,lambada_openai,... or .yaml."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Of --tasks, the first N documents of each.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
     device: Device = "auto",
     runs_dir: RunsDir = None,
@@ -46,6 +65,8 @@ def evaluate(
 
     Of a causal model every target is scored once, in windows or with --protocol stream document by document. An encoder
     is scored on the tokens that a mask hides, the same ones every time.
+
+    Example:  ternlm evaluate latest --data wikitext-2 --split test --wikitext joined --sequence-length 256
     """
     from ternlm import checkpoint as checkpoints
     from ternlm.device import choose_device, set_up
@@ -58,6 +79,12 @@ def evaluate(
     from ternlm.tokenizers import load_tokenizer
     from ternlm.training.interruption import Interruption
 
+    texts = {
+        "--data": data, "--split": split, "--stride": stride, "--wikitext": wikitext, "--max-tokens": max_tokens,
+        "--encoding-errors": encoding_errors, "--pll": pll, "--baselines": baselines or None,
+        "--protocol": None if protocol == "block" else protocol,
+    }  # fmt: skip
+    require_tasks_alone(tasks, limit, texts)
     target = choose_device(device)
     set_up(target)
     loaded = checkpoints.load(checkpoints.resolve(checkpoint, runs_root(runs_dir)), target)
@@ -71,13 +98,19 @@ def evaluate(
     if baselines and not loaded.model.is_causal:
         raise SettingsError("--baselines code whole texts; those of an encoder are printed always. Leave it out.")
     require_readable(loaded, sequence_length)
-    stream = token_stream(loaded, data, split)
+    if tasks is not None:
+        evaluate_on_tasks(loaded, tasks.split(","), sequence_length, batch_size, limit, output, as_json)
+        return
+    stream = token_stream(loaded, data, split, encoding_errors, wikitext)
     model, known, trained_on = loaded.model, loaded.tokenizer, loaded.config["data"]
     length, masking = sequence_length or trained_on["sequence_length"], masking_of(model, loaded.config)
     record = {"checkpoint": str(loaded.path), "step": loaded.state["step"], "data": data or trained_on["source"]}
     check = (interruption := Interruption()).check
     with interruption.watched():
-        record |= record_of(score(model, stream, known, length, batch_size, max_tokens, check, masking, protocol))
+        result = score(model, stream, known, length, batch_size, max_tokens, check, masking, protocol, stride)
+        record |= record_of(result)
+        if masking is None:
+            record |= word_perplexity_of(loaded, result, stream, (data, split, encoding_errors, wikitext))
         if baselines:
             record["baselines"] = baselines_of(loaded, stream, max_tokens, check)
         if masking is not None:
@@ -106,6 +139,9 @@ def _print(record: dict[str, Any]) -> None:
         ("loss", f"{record['loss']:.4f}", "nats per target"),
         ("perplexity", f"{record['perplexity']:.3f}", f"per {unit}"),
     ]
+    if record.get("ppl_word") is not None:
+        counted = "words" if record["words"] == "whitespace" else "words as lm-eval counts them"
+        rows.append(("", f"{record['ppl_word']:.3f}", f"per word, {record['n_words']:,} {counted}"))
     among = f"top-5 {record['top5_accuracy']:.2%}, top-10 {record['top10_accuracy']:.2%}"
     rows.append(("accuracy", f"{record['accuracy']:.2%}", among))
     rows += _masked_rows(record) if is_masked else []
@@ -131,8 +167,7 @@ def _print(record: dict[str, Any]) -> None:
 
 
 def _bits_row(record: dict[str, Any]) -> tuple[str, str, str]:
-    windows = f"windows of {record['sequence_length']:,} tokens"
-    how = windows if record["protocol"] == "block" else f"memory carried through each document in {windows}"
+    how = how_read(record["protocol"], record["sequence_length"])
     if record["bpb"] is None:
         return "bits per byte", "-", "an unknown token hides text"
     sure = "" if record["bpb_ci95"] is None else "95 %: {:.4f} to {:.4f}; ".format(*record["bpb_ci95"])

@@ -1,7 +1,7 @@
 """What several verbs share: options, and the way from recipe, files and flags to settings."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ternlm.data.corpus import TokenStream
     from ternlm.data.preparation import Prepared
     from ternlm.data.settings import DataSettings
+    from ternlm.data.wikitext import WikiTextForm
     from ternlm.settings.resolve import Layer, Resolved
     from ternlm.tokenizers import TokenizerSettings
 
@@ -32,6 +33,20 @@ RecipeAndSettings = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+EncodingErrors = Annotated[
+    Literal["strict", "replace", "skip"] | None,
+    typer.Option(help="For what is not UTF-8: refuse it, read it as U+FFFD, leave it out.", show_default="the run's"),
+]
+WikiText = Annotated[
+    Literal["articles", "detokenized", "joined"] | None,
+    typer.Option(
+        help="How WikiText becomes documents; detokenized: as lm-eval, joined: as GPTQ.", show_default="articles"
+    ),
+]
+Stride = Annotated[
+    int | None,
+    typer.Option(min=1, help="Move windows by so many tokens through each document and score only the last ones."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
 Checkpoint = Annotated[
     str,
@@ -106,25 +121,54 @@ def prepare_with_bar(data: "DataSettings", tokenizer: "TokenizerSettings", folde
             line.close()
 
 
-def token_stream(loaded: "Loaded", data: str | None, split: str | None) -> "TokenStream":
+def token_stream(
+    loaded: "Loaded",
+    data: str | None,
+    split: str | None,
+    encoding_errors: str | None = None,
+    wikitext: "WikiTextForm | None" = None,
+) -> "TokenStream":
     """The held-out tokens a checkpoint is measured on, prepared with its own tokenizer.
 
     Args:
         loaded: The checkpoint.
         data: A corpus, file or folder; None takes the run's own data, a stream's held-out documents included.
         split: ``train``, ``validation``, ``test``, ``all``; None takes all of local `data`, else validation.
+        encoding_errors: What happens to bytes that are not UTF-8; None as the run was set.
+        wikitext: How WikiText becomes documents.
 
     Raises:
-        SettingsError: There is no such split.
+        SettingsError: There is no such split, or the text is not WikiText.
     """
-    from ternlm.data.catalog import is_local
     from ternlm.data.corpus import load_corpus
-    from ternlm.data.settings import DataSettings
     from ternlm.tokenizers import TokenizerSettings
+
+    settings, split = text_settings(loaded, data, split, encoding_errors, wikitext)
+    held_out = loaded.path.parent.parent / "stream" / "validation"
+    if data is None and loaded.config["data"].get("stream") and split == "validation" and held_out.is_dir():
+        return load_corpus(held_out).split("validation")
+    prepared = prepare_with_bar(settings, TokenizerSettings(name=str(loaded.path)))
+    return prepared.corpus.split(split)
+
+
+def text_settings(
+    loaded: "Loaded",
+    data: str | None,
+    split: str | None,
+    encoding_errors: str | None = None,
+    wikitext: "WikiTextForm | None" = None,
+) -> "tuple[DataSettings, str]":
+    """The settings that `token_stream` prepares, and the split of theirs that it takes."""
+    from ternlm.data.catalog import is_local
+    from ternlm.data.settings import DataSettings
 
     if split not in (None, "train", "validation", "test", "all"):
         raise SettingsError(f"split '{split}' does not exist. Use train, validation, test or all.")
     values = dict(loaded.config["data"])
+    if encoding_errors is not None:
+        values["encoding_errors"] = encoding_errors
+    if data is not None or wikitext is not None:
+        values["wikitext"] = wikitext
     if data is not None:
         values |= {
             "source": data,
@@ -134,15 +178,10 @@ def token_stream(loaded: "Loaded", data: str | None, split: str | None) -> "Toke
             "max_tokens": None,
         }
         split = split or ("all" if is_local(data) else "validation")
-    held_out = loaded.path.parent.parent / "stream" / "validation"
-    if data is None and values.get("stream") and split in (None, "validation") and held_out.is_dir():
-        return load_corpus(held_out).split("validation")
     values["stream"] = False
     if split == "all":
         values |= {"validation_fraction": 0.0, "test_fraction": 0.0}
-    settings = DataSettings.from_mapping(values, "data")
-    prepared = prepare_with_bar(settings, TokenizerSettings(name=str(loaded.path)))
-    return prepared.corpus.split("train" if split == "all" else split or "validation")
+    return DataSettings.from_mapping(values, "data"), "train" if split == "all" else split or "validation"
 
 
 def read_lines(file: "Path", noun: str) -> list[str]:

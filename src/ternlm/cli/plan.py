@@ -59,10 +59,10 @@ def plan_of(settings: "RunSettings") -> "Plan":
     """What a run will cost, with what is known of its data before they are prepared."""
     from ternlm.training.plan import make_plan
 
-    return make_plan(*_with_prepared(settings))
+    return make_plan(*with_prepared(settings))
 
 
-def _with_prepared(settings: "RunSettings") -> tuple["RunSettings", int | None]:
+def with_prepared(settings: "RunSettings") -> tuple["RunSettings", int | None]:
     """Vocabulary and epoch length, without preparing anything that is not there yet."""
     from ternlm.data import default_directory, load_corpus
     from ternlm.data.sampler import windows_per_epoch

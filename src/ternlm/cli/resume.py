@@ -21,6 +21,7 @@ def resume(
 
     Limits, cadences, device and micro-batch size may change; anything else makes another run.
     """
+    from ternlm.cli.report import reported
     from ternlm.run_directory import find_run, runs_root
     from ternlm.settings.resolve import parse_overrides
     from ternlm.training import launch
@@ -29,4 +30,6 @@ def resume(
         "training.max_steps": steps, "training.max_tokens": tokens, "training.max_epochs": epochs,
     }  # fmt: skip
     overrides = flag_values(flags) | parse_overrides(settings or [])
-    launch.resume(find_run(run, runs_root(runs_dir)), overrides, prepare_run, quiet)
+    found = find_run(run, runs_root(runs_dir))
+    with reported(found, quiet):
+        launch.resume(found, overrides, prepare_run, quiet)

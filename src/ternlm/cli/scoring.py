@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from ternlm.cli.options import prepare_with_bar, text_settings
 from ternlm.errors import DataError, SettingsError
 
 if TYPE_CHECKING:
@@ -9,6 +10,7 @@ if TYPE_CHECKING:
 
     from ternlm.checkpoint import Loaded
     from ternlm.data.corpus import TokenStream
+    from ternlm.evaluation.evaluate import EvaluationResult
 
 
 def require_readable(loaded: "Loaded", sequence_length: int | None) -> None:
@@ -46,3 +48,29 @@ def baselines_of(
 
     last = end_of_whole_documents(stream, max_tokens)
     return text_baselines(stream, loaded.tokenizer, last, training_text(loaded), check)
+
+
+def word_perplexity_of(
+    loaded: "Loaded", result: "EvaluationResult", stream: "TokenStream", text: tuple[Any, ...]
+) -> dict[str, Any]:
+    """Perplexity per word of a causal model; `text` is what `token_stream` took besides the checkpoint."""
+    from ternlm.evaluation.baselines import document_texts
+    from ternlm.evaluation.words import page_perplexity, word_perplexity
+    from ternlm.tokenizers import TokenizerSettings
+
+    settings, split = text_settings(loaded, *text)
+    if settings.wikitext != "detokenized":
+        return word_perplexity(result, stream, loaded.tokenizer)
+    # prepared as bytes and not read from the source again, which may be out of reach by now
+    before = prepare_with_bar(settings.model_copy(update={"wikitext": "articles"}), TokenizerSettings())
+    raw = before.corpus.split(split)
+    articles = (article.decode() for article in document_texts(raw, before.tokenizer, raw.documents))
+    return page_perplexity(result, stream, articles)
+
+
+def how_read(protocol: str, sequence_length: int) -> str:
+    """A protocol for people."""
+    windows = f"windows of {sequence_length:,} tokens"
+    if protocol.startswith("sliding:"):
+        return f"{windows} moved by {int(protocol.partition(':')[2]):,} through each document"
+    return windows if protocol == "block" else f"memory carried through each document in {windows}"

@@ -239,9 +239,9 @@ def _refuse_unfinished(folder: "SweepDirectory", record: "SweepRecord") -> None:
     failed = [name for name, end in ends.items() if end is not None and not is_settled(end)]
     stopped = [name for name, end in ends.items() if end is None]
     if stopped:
-        raise TernlmError(f"unfinished: {', '.join(stopped)}. Continue with: ternlm sweep --resume {folder.path}")
+        raise TernlmError(f"unfinished: {', '.join(stopped)}. Continue with: {folder.resume_command}")
     if failed:
         raise TernlmError(
             f"failed: {', '.join(failed)}. Their last words are in '{folder.path}'/*.log; try them again with: "
-            f"ternlm sweep --resume {folder.path} --retry-failed"
+            f"{folder.resume_command} --retry-failed"
         )

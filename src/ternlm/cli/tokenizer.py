@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ternlm.cli.options import EncodingErrors
 from ternlm.errors import DataError, SettingsError
 
 app = typer.Typer(help="Train or try a tokenizer.", no_args_is_help=True)
@@ -16,6 +17,7 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder to write.")],
     vocab_size: Annotated[int, typer.Option(help="Ids, special tokens included.")] = 4096,
     text_column: Annotated[str, typer.Option(help="Column of Parquet and JSONL files.")] = "text",
+    encoding_errors: EncodingErrors = None,
     mask_token: Annotated[bool, typer.Option("--mask-token", help="Add one, for masked language models.")] = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on the training split of a corpus."""
@@ -25,7 +27,9 @@ def train(
     if (output / "tokenizer.json").exists():
         raise SettingsError(f"'{output}' holds a tokenizer already. Choose another --output.")
     size = TokenizerSettings.from_mapping({"name": "train", "vocab_size": vocab_size}, "tokenizer").vocab_size
-    settings = DataSettings.from_mapping({"source": data, "text_column": text_column}, "data")
+    settings = DataSettings.from_mapping(
+        {"source": data, "text_column": text_column, "encoding_errors": encoding_errors or "strict"}, "data"
+    )
     tokenizer = train_bpe(open_corpus(settings, "train"), size, mask_token=mask_token)
     tokenizer.save(output)
     sample = next(iter(open_corpus(settings, "train")), "")[:100_000]

@@ -79,10 +79,12 @@ def train(
 
 def start_training(resolved: "Resolved", run: "RunDirectory", source: Path | None, quiet: bool) -> None:
     """Train and say what to do next."""
+    from ternlm.cli.report import reported
     from ternlm.run_directory import use_command
     from ternlm.training import launch
 
-    launch.start(resolved, run, prepare_run, source, quiet)
+    with reported(run, quiet):
+        launch.start(resolved, run, prepare_run, source, quiet)
     if not quiet:
         objective = resolved.values.get("objective", {}).get("name")
         typer.echo(f"next: {use_command(run, objective)}   |   ternlm evaluate {run.path}")

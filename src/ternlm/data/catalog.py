@@ -21,10 +21,11 @@ from itertools import islice
 
 from ternlm.data.decoding import Decoder
 from ternlm.data.documents import read_documents
-from ternlm.data.hub import HubDataset, HubSource, hub_splits, parse_hub_source, wikitext_articles
+from ternlm.data.hub import HubDataset, HubSource, hub_splits, parse_hub_source
 from ternlm.data.reader import DocumentSource, Patience, Position, Source, read_pass
 from ternlm.data.settings import DataSettings
 from ternlm.data.stdlib import stdlib
+from ternlm.data.wikitext import WikiTextForm, wikitext_documents
 from ternlm.errors import DataError, SettingsError
 
 SPLITS = ("train", "validation", "test")
@@ -211,6 +212,7 @@ def _own_sources(settings: DataSettings, patience: Patience, decoder: Decoder) -
 
 def _source_splits(settings: DataSettings, patience: Patience, decoder: Decoder) -> dict[str, Documents | HubSource]:
     entry, dataset, most = CORPORA.get(settings.source), hub_dataset(settings), settings.max_documents
+    _require_wikitext(settings, entry)
     if dataset is None:
         if entry is None:
             return {"train": _limited(_local(settings.source, settings, decoder), most)}
@@ -224,7 +226,7 @@ def _source_splits(settings: DataSettings, patience: Patience, decoder: Decoder)
     for split, own in splits.items():
         source = HubSource(dataset, own, column, decoder)
         if entry is not None and entry.rows_are_lines:
-            found[split] = _limited(partial(_articles, source, patience), most)
+            found[split] = _limited(partial(_wikitext, source, patience, settings.wikitext or "articles"), most)
         elif most is not None:
             found[split] = _limited(partial(_texts, source, patience), most)
         else:
@@ -245,7 +247,7 @@ def _built_in(name: str, split: str) -> Documents:
 
 
 def _local(path: str, settings: DataSettings, decoder: Decoder) -> Documents:
-    return lambda: read_documents(path, text_column=settings.text_column, decoder=decoder)
+    return lambda: read_documents(path, text_column=settings.text_column, decoder=decoder, wikitext=settings.wikitext)
 
 
 def _limited(source: Documents, most: int | None) -> Documents:
@@ -262,8 +264,18 @@ def _texts(source: Source, patience: Patience) -> Iterator[str]:
     return (text for _, text in _documents(source, patience))
 
 
-def _articles(source: Source, patience: Patience) -> Iterator[str]:
-    return wikitext_articles(text for _, _, text in read_pass(source, Position(), patience))
+def _wikitext(source: Source, patience: Patience, form: WikiTextForm) -> Iterator[str]:
+    return wikitext_documents((text for _, _, text in read_pass(source, Position(), patience)), form)
+
+
+def _require_wikitext(settings: DataSettings, entry: CorpusEntry | None) -> None:
+    if settings.wikitext is None or is_local(settings.source) or (entry is not None and entry.rows_are_lines):
+        return
+    known = ", ".join(name for name, each in CORPORA.items() if each.rows_are_lines)
+    raise SettingsError(
+        f"data.wikitext={settings.wikitext} says how WikiText is divided, and '{settings.source}' is another corpus. "
+        f"Leave it out, or use {known}, or a file such as wiki.test.raw."
+    )
 
 
 def _labelled(settings: DataSettings, name: str, source: Documents | HubSource, shares: dict[str, float]) -> Source:

@@ -44,7 +44,8 @@ class Decoder:
             more = "" if sequences == 1 else f", the first of {sequences:,} such places in this document"
             raise DataError(
                 f"{file} is not UTF-8: byte 0x{raw[first]:02x} at {place}{more}. Convert the file, or set "
-                "data.encoding_errors=replace to read such bytes as U+FFFD, or =skip to leave such documents out."
+                "data.encoding_errors=replace to read such bytes as U+FFFD, or =skip to leave such documents out; "
+                "where no settings are given, --encoding-errors replace or skip."
             )
         self._found[file, place] = sequences
         return "" if self.errors == "skip" else replaced
@@ -60,7 +61,8 @@ class Decoder:
         if self.errors == "strict":
             raise DataError(
                 f"{where}: the text holds a lone surrogate, which UTF-8 cannot express. Set "
-                "data.encoding_errors=replace to read it as U+FFFD, or =skip to leave such documents out."
+                "data.encoding_errors=replace to read it as U+FFFD, or =skip to leave such documents out; "
+                "where no settings are given, --encoding-errors replace or skip."
             )
         replaced, sequences = _SURROGATES.subn("\ufffd", text)
         self._found[where, "lone surrogate"] = sequences

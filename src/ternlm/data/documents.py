@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from ternlm.data.decoding import Decoder
+from ternlm.data.wikitext import WikiTextForm, is_wikitext_file, wikitext_documents
 from ternlm.errors import DataError, missing_extra
 
 BATCH_CHARACTERS = 2**20
@@ -25,12 +26,18 @@ _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 
 
 def read_documents(
-    source: str, *, text_column: str = "text", encoding_errors: str = "strict", decoder: Decoder | None = None
+    source: str,
+    *,
+    text_column: str = "text",
+    encoding_errors: str = "strict",
+    decoder: Decoder | None = None,
+    wikitext: WikiTextForm | None = None,
 ) -> Iterator[str]:
     """Documents of a file, a folder or a glob.
 
     A text file is one document, exactly as it is, unless lines holding only ``<|endoftext|>`` divide it;
-    then blank lines around each document are dropped. A folder is read recursively, hidden files and
+    then blank lines around each document are dropped. A file named like ``wiki.test.raw`` is WikiText, and each of its
+    articles is a document. A folder is read recursively, hidden files and
     other kinds skipped; a file named outright with an unknown ending is read as text.
 
     Args:
@@ -39,6 +46,7 @@ def read_documents(
         encoding_errors: ``strict``, ``replace`` (invalid UTF-8 becomes U+FFFD) or ``skip`` (documents with invalid
             UTF-8 are left out).
         decoder: Decodes in the way it was made for, instead of `encoding_errors`, and remembers what was invalid.
+        wikitext: Read every file as WikiText, in this form.
 
     Raises:
         DataError: Nothing is found, a file is damaged or not UTF-8, or the text column is missing.
@@ -46,7 +54,7 @@ def read_documents(
     found = False
     decoder = decoder or Decoder(encoding_errors)
     for path in find_files(source):
-        for text in _read_file(path, text_column, decoder):
+        for text in _read_file(path, text_column, decoder, wikitext):
             if text and not text.isspace():
                 found = True
                 yield text
@@ -105,10 +113,12 @@ def _compression(path: Path) -> str:
     return suffix if suffix in _COMPRESSIONS else ""
 
 
-def _read_file(path: Path, text_column: str, decoder: Decoder) -> Iterator[str]:
+def _read_file(path: Path, text_column: str, decoder: Decoder, wikitext: WikiTextForm | None) -> Iterator[str]:
     name = path.name.lower().removesuffix(_compression(path))
     try:
-        if name.endswith(".parquet"):
+        if wikitext is not None or is_wikitext_file(name):
+            yield from wikitext_documents(_rows(path, decoder), _require_rows(path, name, wikitext))
+        elif name.endswith(".parquet"):
             yield from _read_parquet(path, text_column, decoder)
         elif name.endswith(".jsonl"):
             yield from _read_json_lines(path, text_column, decoder)
@@ -186,6 +196,17 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
             if type(error).__name__ != "ZstdError":
                 raise
             raise OSError(f"damaged Zstandard stream ({error})") from None
+
+
+def _rows(path: Path, decoder: Decoder) -> Iterator[str]:
+    return (decoder.text(line, str(path), offset) for offset, line in _lines(path))
+
+
+def _require_rows(path: Path, name: str, wikitext: WikiTextForm | None) -> WikiTextForm:
+    """The form that a file is read in, if it holds text."""
+    if name.endswith((".parquet", ".jsonl")):
+        raise DataError(f"{path} is no text file, and data.wikitext={wikitext} divides the lines of one. Leave it out.")
+    return wikitext or "articles"
 
 
 def _read_text(path: Path, decoder: Decoder) -> Iterator[str]:

@@ -5,7 +5,7 @@ layout of a dataset opens the same way. Waiting and trying again are left to `re
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ _SPLIT_NAMES = {
     "test": ("test",),
 }
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:[:@]([\w.+-]+))?")
-_ARTICLE = re.compile(r" = [^=].*[^=] = \n?")
 _HOPELESS = {
     "DataFilesNotFoundError", "DatasetNotFoundError", "GatedRepoError", "NotImplementedError",
     "OfflineModeIsEnabled", "RepositoryNotFoundError", "RevisionNotFoundError",
@@ -182,24 +181,6 @@ class HubSource(Source):
             raise
         except Exception as error:  # errors of many network and file layers come through
             raise Unreadable(_reason(error)) from error
-
-
-def wikitext_articles(rows: Iterable[str]) -> Iterator[str]:
-    """Join the lines that WikiText stores as rows into articles, one per top-level heading ``= Title =``.
-
-    The dataset stores blank lines as empty rows; they become blank lines again, so the articles of a split,
-    joined, are its raw file byte for byte.
-    """
-    article: list[str] = []
-    empty = True
-    for row in rows:
-        if _ARTICLE.fullmatch(row) and not empty:
-            yield "".join(article)
-            article, empty = [], True
-        article.append(row or "\n")
-        empty = empty and not row.strip()
-    if not empty:
-        yield "".join(article)
 
 
 def _opened(dataset: HubDataset, open_it: Callable[[], Any], is_first: bool = True) -> Any:

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from pydantic import field_validator, model_validator
 
+from ternlm.data.wikitext import WikiTextForm, is_wikitext_file
 from ternlm.settings.base import Settings
 from ternlm.settings.numbers import Bytes, Count, Float, Seconds
 
@@ -23,6 +24,9 @@ class DataSettings(Settings):
         sequence_length: Targets per training window, T.
         encoding_errors: ``strict`` refuses bytes that are not UTF-8; ``replace`` reads them as U+FFFD;
             ``skip`` leaves such documents out.
+        wikitext: How the corpora `wikitext-*` and local WikiText files become documents: ``articles``, which is also
+            what files named like ``wiki.test.raw`` become without it; ``detokenized`` or ``joined`` to be scored as
+            papers do.
         cache: Folder that prepared corpora go to; by default ``$XDG_CACHE_HOME/ternlm/data``.
         revision: Branch, tag or commit of a dataset on the hub; by default the newest.
         retry_for: Give up after a dataset could not be read for this long, e.g. ``2h``; by default never.
@@ -41,6 +45,7 @@ class DataSettings(Settings):
     max_tokens: Count | None = None
     sequence_length: Count = 256
     encoding_errors: Literal["strict", "replace", "skip"] = "strict"
+    wikitext: WikiTextForm | None = None
     cache: str | None = None
     revision: str | None = None
     retry_for: Seconds | None = None
@@ -51,10 +56,15 @@ class DataSettings(Settings):
     def identity(self) -> dict[str, Any]:
         """The settings that decide which documents are read and how they are divided, as JSON values.
 
-        A revision that is not given is left out, so that corpora prepared before it existed are still found.
+        What is not given is left out where it came later, so that corpora prepared before it existed are still found.
         """
         incidental = {"sequence_length", "cache", "retry_for", "stream", "stream_buffer", "stream_validation_tokens"}
-        return self.model_dump(exclude=incidental | ({"revision"} if self.revision is None else set()))
+        paths = [path for path in (self.source, self.validation_path, self.test_path) if path is not None]
+        if self.revision is None:
+            incidental.add("revision")
+        if self.wikitext is None and not any(is_wikitext_file(path) for path in paths):
+            incidental.add("wikitext")
+        return self.model_dump(exclude=incidental)
 
     @field_validator("source", "text_column")
     @classmethod

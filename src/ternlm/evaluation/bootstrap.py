@@ -27,16 +27,31 @@ def resampled_bpb(nats: np.ndarray, text_bytes: np.ndarray, seed: int = 0) -> np
     Source:
         Efron 1979, "Bootstrap methods".
     """
-    count = len(text_bytes)
+    per_byte = resampled_ratio(nats, text_bytes, seed)
+    return None if per_byte is None else per_byte / math.log(2)
+
+
+def resampled_ratio(sums: np.ndarray, counts: np.ndarray, seed: int = 0) -> np.ndarray | None:
+    """Sums per count, as nats per target, on texts made of the same documents, drawn as `resampled_bpb` does.
+
+    Args:
+        sums: Of each model on each document, (models, documents).
+        counts: What they are divided by, the same for all models, (documents,).
+        seed: Decides the draws; equal ones for equal seeds, whatever is summed.
+
+    Returns:
+        (models, `RESAMPLES`), or None if there are fewer than `FEWEST_DOCUMENTS` documents.
+    """
+    count = len(counts)
     if count < FEWEST_DOCUMENTS:
         return None
     draws = np.random.default_rng(seed)
-    columns = np.concatenate([nats, text_bytes[None]]).T  # (documents, models + 1)
+    columns = np.concatenate([sums, counts[None]]).T  # (documents, models + 1)
     totals = np.stack([
         np.bincount(draws.integers(0, count, count), minlength=count) @ columns for _ in range(RESAMPLES)
     ])  # fmt: skip
-    bits: np.ndarray = totals[:, :-1] / (math.log(2) * totals[:, -1:])
-    return bits.T
+    ratios: np.ndarray = totals[:, :-1] / totals[:, -1:]
+    return ratios.T
 
 
 def interval(values: np.ndarray) -> tuple[float, float]:

@@ -1,10 +1,11 @@
 """Loss, perplexity, bits per byte and accuracies of a model on held-out text.
 
-Of a causal model every target of the text is scored exactly once: in consecutive windows (protocol `block`), or with
-its memory carried through each document (`stream`). Of an encoder every token lies in exactly one window, and those
-are scored that its mask hides (protocol `masked`), which is a pure function of the text. Sums are float64 and weighted
-by tokens, so the result depends neither on the batch size nor on its order. The weights are the quantized ones, which
-are the model. How a text is read is left to `protocols`, what is added up to `sums`.
+Of a causal model every target of the text is scored exactly once: in consecutive windows (protocol `block`), with
+its memory carried through each document (`stream`), or in windows that overlap (`sliding:k`). Of an encoder every token
+lies in exactly one window, and those are scored that its mask hides (protocol `masked`), which is a pure function of
+the text. Sums are float64 and weighted by tokens, so the result depends neither on the batch size nor on its order. The
+weights are the quantized ones, which are the model. How a text is read is left to `protocols` and `sliding`, what is
+added up to `sums`.
 """
 
 import hashlib
@@ -18,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ternlm.data.batch import Batch
+from ternlm.data.batch import IGNORED, Batch
 from ternlm.data.corpus import TokenStream
 from ternlm.data.masking import KINDS, MaskingSettings
-from ternlm.errors import TokenizerError
+from ternlm.errors import SettingsError, TokenizerError
 from ternlm.evaluation.protocols import Protocol, Reading, end_of_whole_documents, readings, require_streamable
+from ternlm.evaluation.sliding import require_sliding, sliding_readings
 from ternlm.evaluation.sums import Sums
 from ternlm.models import LanguageModel
 from ternlm.models.prediction import predict
@@ -37,11 +39,14 @@ class DocumentScores:
         nats: Of the targets that emit text, float64 (documents,).
         bytes: Raw UTF-8 bytes, int64 (documents,).
         text_id: Identity of the documents and their order: equal for every tokenizer.
+        all_nats, targets: Of all targets, the ends of documents included, and how many these are; (documents,).
     """
 
     nats: np.ndarray
     bytes: np.ndarray
     text_id: str
+    all_nats: np.ndarray | None = None
+    targets: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,7 @@ def evaluate(
     check: Callable[[], None] = lambda: None,
     masking: MaskingSettings | None = None,
     protocol: Protocol = "block",
+    stride: int | None = None,
 ) -> EvaluationResult:
     """Score a split.
 
@@ -127,6 +133,7 @@ def evaluate(
         check: Called before each batch; may raise to stop.
         masking: How tokens are hidden from an encoder; None for a causal model.
         protocol: ``block``, or ``stream`` for a model whose memory holds the documents.
+        stride: Instead of blocks, windows that are moved by so many targets: protocol ``sliding:k``.
 
     Raises:
         TokenizerError: The tokenizer's ids do not fit the model.
@@ -137,6 +144,8 @@ def evaluate(
     if model.is_causal != (masking is None):
         raise ValueError("an encoder is scored on hidden tokens, and a causal model is not")
     require_fitting(model, tokenizer)
+    if stride is not None:
+        _require_sliding(model, tokenizer, protocol, sequence_length, stride)
     device = next(model.parameters()).device
     last = end_of_whole_documents(stream, max_tokens)
     if protocol == "stream":
@@ -148,17 +157,22 @@ def evaluate(
     model.eval()
     started = time.perf_counter()
     try:
-        for reading in readings(stream, tokenizer, sequence_length, batch_size, last, protocol, masking):
+        passes = (
+            readings(stream, tokenizer, sequence_length, batch_size, last, protocol, masking)
+            if stride is None
+            else sliding_readings(stream, tokenizer, sequence_length, batch_size, last, stride)
+        )
+        for reading in passes:
             check()
             masks.add(reading.batch)
             placed = reading.batch.to(device)
-            logits, memory = _read(model, placed, reading, memory)
+            logits, memory = _read(model, placed, reading, memory, stride is not None)
             sums.add(logits, placed, reading.documents)
     finally:
         model.train(was_training)
     seconds = time.perf_counter() - started
     loss = sums.nll / sums.targets
-    n_bytes = _text_bytes(stream, tokenizer, protocol, sums) if masking is None else None
+    n_bytes = _text_bytes(stream, tokenizer, sums, protocol == "block" and stride is None) if masking is None else None
     bpb = sums.text_nll / (math.log(2) * n_bytes) if n_bytes else None
     return EvaluationResult(
         loss=loss,
@@ -174,9 +188,9 @@ def evaluate(
         tokens_per_sec=sums.tokens / max(seconds, 1e-9),
         eval_id=hashlib.sha256(f"{stream.eval_id}|{last}".encode()).hexdigest()[:16],
         split=stream.name,
-        protocol=protocol if masking is None else "masked",
+        protocol="masked" if masking is not None else protocol if stride is None else f"sliding:{stride}",
         sequence_length=sequence_length,
-        weights="quantized" if any(layer.mode.weights != "none" for layer in model.bit_linears().values()) else "full",
+        weights=weights_of(model),
         dtype=str(model.compute_dtype).removeprefix("torch."),
         wall_s=seconds,
         mask_id=None if masking is None else masks.hexdigest(),
@@ -218,13 +232,36 @@ def require_fitting(model: LanguageModel, tokenizer: Tokenizer) -> None:
         )
 
 
+def weights_of(model: LanguageModel) -> str:
+    """What is measured: ``quantized`` weights if any layer rounds its own, else ``full``."""
+    return "quantized" if any(layer.mode.weights != "none" for layer in model.bit_linears().values()) else "full"
+
+
 def text_id(stream: TokenStream, documents: int) -> str:
     """Identity of the first documents of a stream: equal exactly if their bytes and their order are."""
     return hashlib.sha256(stream.document_hashes[:documents].tobytes()).hexdigest()[:16]
 
 
-def _read(model: LanguageModel, batch: Batch, reading: Reading, memory: Any) -> tuple[Tensor, Any]:
-    """Logits of a pass, and what the model remembers after it."""
+def _require_sliding(
+    model: LanguageModel, tokenizer: Tokenizer, protocol: Protocol, sequence_length: int, stride: int
+) -> None:
+    if not model.is_causal:
+        raise SettingsError(
+            f"a stride moves windows through text that is predicted from left to right, and an encoder "
+            f"('{model.settings.family}') is not. Leave --stride out."
+        )
+    if protocol == "stream":
+        raise SettingsError(
+            f"--stride {stride} moves windows, and protocol 'stream' carries its memory through whole documents "
+            "instead. Leave one of them out."
+        )
+    require_sliding(tokenizer, sequence_length, stride)
+
+
+def _read(model: LanguageModel, batch: Batch, reading: Reading, memory: Any, is_sparse: bool) -> tuple[Tensor, Any]:
+    """Logits of a pass, and what the model remembers after it; of a sparse pass only those of its targets."""
+    if is_sparse:
+        return model(batch.tokens, scored=batch.targets != IGNORED).logits, None
     if reading.lengths is None:
         return predict(model, batch.tokens, batch.targets).logits, None
     if reading.is_first:
@@ -233,14 +270,14 @@ def _read(model: LanguageModel, batch: Batch, reading: Reading, memory: Any) -> 
     return output.logits, output.state
 
 
-def _text_bytes(stream: TokenStream, tokenizer: Tokenizer, protocol: Protocol, sums: Sums) -> int | None:
+def _text_bytes(stream: TokenStream, tokenizer: Tokenizer, sums: Sums, is_block: bool) -> int | None:
     """Raw bytes of the scored text: from the tokens where they tell, else from whole documents."""
     if sums.unknown:
         return None
     if tokenizer.lossless:
         return sums.text_bytes
     whole = int(stream.document_bytes[: len(sums.by_document)].sum())
-    if tokenizer.bos_id is not None or protocol == "stream":
+    if tokenizer.bos_id is not None or not is_block:
         return whole
     first = int(stream.read(0, 1)[0])  # without BOS the first token of a block is context only
     return whole - int(tokenizer.token_bytes()[first]) + tokenizer.prefix_bytes
@@ -248,4 +285,5 @@ def _text_bytes(stream: TokenStream, tokenizer: Tokenizer, protocol: Protocol, s
 
 def _document_scores(stream: TokenStream, sums: Sums) -> DocumentScores:
     count = len(sums.by_document)
-    return DocumentScores(sums.by_document, stream.document_bytes[:count], text_id(stream, count))
+    identity, per_document = text_id(stream, count), (sums.all_by_document, sums.targets_by_document)
+    return DocumentScores(sums.by_document, stream.document_bytes[:count], identity, *per_document)

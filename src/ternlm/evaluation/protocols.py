@@ -2,6 +2,7 @@
 
 `block`: consecutive windows, each without memory of the one before. `stream`: one row per document, the model's memory
 carried from window to window through the whole of it. In both, every target of a document is scored exactly once.
+Windows that overlap are left to `sliding`.
 """
 
 from collections.abc import Iterator
@@ -134,7 +135,7 @@ def require_streamable(model: LanguageModel, stream: TokenStream, tokenizer: Tok
             f"protocol 'stream' carries a memory through each document, and an encoder ('{model.settings.family}') has "
             "none. Leave --protocol out."
         )
-    starts, ends = _documents(stream, last)
+    starts, ends = documents_within(stream, last)
     longest = int((ends - starts).max()) - (tokenizer.bos_id is not None)
     capacity = model.settings.max_position_embeddings
     if not model.is_recurrent and longest > capacity:
@@ -155,7 +156,7 @@ def _streamed(
             f"protocol 'stream' starts each document from a marker, and tokenizer '{tokenizer.name}' has neither BOS "
             "nor EOS. Use --protocol block."
         )
-    starts, ends = _documents(stream, last)
+    starts, ends = documents_within(stream, last)
     for rows in _groups(ends - starts, sequence_length, batch_size):
         texts = [stream.read(int(starts[row]), int(ends[row])).astype(np.int64) for row in rows]
         if context is not None:
@@ -191,7 +192,7 @@ def _groups(lengths: np.ndarray, sequence_length: int, batch_size: int) -> Itera
         first = stop
 
 
-def _documents(stream: TokenStream, last: int) -> tuple[np.ndarray, np.ndarray]:
+def documents_within(stream: TokenStream, last: int) -> tuple[np.ndarray, np.ndarray]:
     """Start and end of each document within the part that is scored, int64 (documents,)."""
     ends = stream.document_ends
     ends = ends[ends <= last]

@@ -23,6 +23,7 @@ class Sums:
         text_bytes, unknown: Bytes that targets emit; targets that hide text.
         hits: Targets among the 1, 5 and 10 largest logits.
         by_document: Nats of the targets that emit text, float64 (documents,).
+        all_by_document, targets_by_document: Nats and number of all targets, float64 and int64 (documents,).
     """
 
     def __init__(self, tokenizer: Tokenizer, device: torch.device, documents: int) -> None:
@@ -31,7 +32,8 @@ class Sums:
         self.nll = self.text_nll = 0.0
         self.targets = self.tokens = self.text_bytes = self.unknown = 0
         self.hits = [0, 0, 0]
-        self.by_document = np.zeros(documents)
+        self.by_document, self.all_by_document = np.zeros(documents), np.zeros(documents)
+        self.targets_by_document = np.zeros(documents, dtype=np.int64)
         self._by_kind = {name: [0, 0] for name in KINDS}  # right, all
 
     def add(self, logits: Tensor, batch: Batch, documents: Tensor | None) -> None:
@@ -59,7 +61,10 @@ class Sums:
         self.tokens += batch.num_tokens
         if documents is not None:
             owners = documents[scored.cpu()].numpy()
-            self.by_document += np.bincount(owners, text_nll.cpu().numpy(), minlength=len(self.by_document))
+            count = len(self.by_document)
+            self.by_document += np.bincount(owners, text_nll.cpu().numpy(), minlength=count)
+            self.all_by_document += np.bincount(owners, nll.cpu().numpy(), minlength=count)
+            self.targets_by_document += np.bincount(owners, minlength=count)
         if batch.kinds is not None:
             for name, kind in KINDS.items():
                 of_kind = batch.kinds[scored] == kind

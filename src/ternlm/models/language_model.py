@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from ternlm.errors import SettingsError
 from ternlm.nn.activation_quantizer import ActivationQuantizer
 from ternlm.nn.linear import BitLinear
 from ternlm.nn.quantization import Perturbation, QuantizationMode
@@ -208,12 +209,30 @@ class LanguageModel(nn.Module, ABC):
         for layer in self._layers():
             layer.refresh()
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether ternary layers have codes and scales only, and no latent weights."""
+        return any(layer.is_packed for layer in self._layers())
+
     def tensors(self) -> dict[str, Tensor]:
         """All parameters and saved buffers under the names that files use, as views without gradient.
 
         Merged matrices appear one by one beside their layer: `...self_attn.qkv.weight` becomes
         `...self_attn.q_proj.weight` and so on, which for `bitnet` are Hugging Face's names.
+
+        Raises:
+            SettingsError: The model is packed: what it would save in place of latent weights, rounded once more,
+                would be another model.
         """
+        if self.is_packed:
+            raise SettingsError(
+                "this model has packed weights, which cannot be trained or saved as a checkpoint: the latent weights "
+                "are not there. Use the run's own checkpoint."
+            )
+        return self.dense_tensors()
+
+    def dense_tensors(self) -> dict[str, Tensor]:
+        """As `tensors`; of a packed model, g Q in place of each latent matrix."""
         saved, modules = self.state_dict().keys(), dict(self.named_modules())
         buffers = ((name, buffer) for name, buffer in self.named_buffers() if name in saved)
         named: dict[str, Tensor] = {}

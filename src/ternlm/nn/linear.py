@@ -89,6 +89,7 @@ class BitLinear(nn.Module):
         for name in ("drop", "dither", "zeroed", "blend"):
             self.register_buffer(f"_{name}", torch.zeros(()), persistent=False)
         self.quantizations = 0
+        self._packed_mode: QuantizationMode | None = None
         self._quantized_version: tuple[Any, ...] | None = None
         self._perturbation = Perturbation(blend=0.0)
         self.mode = mode
@@ -101,6 +102,12 @@ class BitLinear(nn.Module):
 
     @mode.setter
     def mode(self, mode: QuantizationMode) -> None:
+        kept = self._packed_mode
+        if kept is not None and mode.weights != "none" and not _round_weights_alike(mode, kept):
+            raise SettingsError(
+                "packed ternary weights cannot be rounded in another way: their latent weights are not there. "
+                "Use the run's own checkpoint."
+            )
         if mode.is_learned and self.quantizer is None:
             raise ValueError(
                 f"a layer made without learned scales cannot be set to quantizer={mode.quantizer}; "
@@ -113,6 +120,16 @@ class BitLinear(nn.Module):
         self._quantized_version = None
         if self.quantizer is not None and mode.weight_bits is not None:
             self.quantizer.forget()
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether codes and scales were given by `take_codes`, and there are no latent weights."""
+        return self._packed_mode is not None
+
+    @property
+    def is_between(self) -> bool:
+        """Whether weights are a mixture of two roundings, in evaluation as well."""
+        return self._blends
 
     def perturb(self, perturbation: Perturbation) -> None:
         """What happens to the layer besides rounding, from now on; amounts may change freely in a compiled graph."""
@@ -150,7 +167,7 @@ class BitLinear(nn.Module):
         if self._blends or (self.training and (self._drops or self._dithers or self._zeroes)):
             return self._perturbed(x)
         target: Tensor = self.weight
-        if self._is_learned:
+        if self._is_learned and not self.is_packed:
             assert self.quantizer is not None
             target = self.quantizer.port(target, self.codes, self.scale, self.threshold)
         return quantized_linear(x, target, self.codes, self.scale, self.sizes, self._activation_bits, grid)
@@ -164,7 +181,7 @@ class BitLinear(nn.Module):
         the parameter (edits of `weight.data` do not: torch hides them). A compiled graph cannot read
         it, so a compiled model must be refreshed from outside, before the graph runs.
         """
-        if not self._is_quantized:
+        if not self._is_quantized or self.is_packed:
             return
         version: tuple[Any, ...] = (self.weight.data_ptr(), self.weight._version, self.weight.device)
         if self._is_learned:
@@ -181,6 +198,23 @@ class BitLinear(nn.Module):
             self._keep("_previous_scale", self._write_codes(previous, "_previous_codes")[0])
         self.quantizations += 1
         self._quantized_version = version
+
+    @torch.no_grad()
+    def take_codes(self, codes: Tensor, scale: Tensor) -> None:
+        """Compute with these codes and scales from now on, as a model from packed weights does.
+
+        There are no latent weights then. `weight` holds g Q, by which the mode ``none`` multiplies, and receives no
+        gradient; it is never rounded again, for absmean of g Q is not g.
+
+        Args:
+            codes: int8 in {-1, 0, +1}, (sum of all out_features, in_features).
+            scale: float32, as the attribute `scale`.
+        """
+        device = self.weight.device
+        self.codes, self.scale, self.threshold = codes.to(device), scale.to(device), None
+        self.weight.copy_(dequantize_weight(self.codes, per_row(self.scale, self.sizes)))
+        self.weight.requires_grad_(False)
+        self._packed_mode = self._mode
 
     def matrices(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Up-to-date (codes, scale) of each merged matrix by name; the scale as `ternarize` returns it."""
@@ -299,6 +333,11 @@ class BitLinear(nn.Module):
     def extra_repr(self) -> str:
         names = ", ".join(f"{name}={size}" for name, size in self.out_features.items())
         return f"in_features={self.in_features}, {names}, weights={self._mode.weights}"
+
+
+def _round_weights_alike(one: QuantizationMode, other: QuantizationMode) -> bool:
+    names = ("weights", "quantizer", "granularity", "group_size")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
 
 
 def _write_ternary(weight: Tensor, scale: Tensor, threshold: Tensor | None, codes: Tensor) -> Tensor:

@@ -37,11 +37,11 @@ def unpack_2bit(packed: Tensor, columns: int) -> Tensor:
     Raises:
         CheckpointError: A 2-bit field holds 3, which no ternary code has.
     """
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device).view(1, 1, 4, 1)
-    digits = (packed.view(packed.shape[0], -1, 1, 64) >> shifts) & 3
-    if bool((digits == 3).any()):
+    if bool((packed & (packed >> 1) & 0b01010101).any()):
         raise CheckpointError("packed weights hold the 2-bit value 3, which is no ternary code. Export again.")
-    return digits.reshape(packed.shape[0], -1)[:, :columns].to(torch.int8) - 1
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=packed.device).view(1, 1, 4, 1)
+    digits = (packed.view(packed.shape[0], -1, 1, 64) >> shifts).bitwise_and_(3)
+    return digits.view(packed.shape[0], -1).view(torch.int8).sub_(1)[:, :columns].contiguous()
 
 
 def pack_trits(codes: Tensor) -> Tensor:

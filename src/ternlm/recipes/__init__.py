@@ -2,10 +2,11 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import yaml
@@ -24,6 +25,7 @@ class Recipe(NamedTuple):
         description: One line.
         values: Settings by section.
         notes: A sentence for each key of a foreign file that was left out.
+        twin: Settings that the full-precision twin of `ternlm twin` changes besides its rounding.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Recipe(NamedTuple):
     description: str
     values: dict[str, Any]
     notes: tuple[str, ...] = ()
+    twin: Mapping[str, Any] = MappingProxyType({})
 
 
 def recipe_names() -> list[str]:
@@ -95,7 +98,8 @@ def load_sweep(reference: str) -> Recipe | None:
 def load_recipe(reference: str) -> Recipe:
     """A shipped recipe by name, or a settings file (YAML or JSON) by path.
 
-    A recipe may begin with ``extends: NAME``, which puts its values on top of another recipe's. A file that names a
+    A recipe may begin with ``extends: NAME``, which puts its values on top of another recipe's, and hold ``twin:``,
+    full names of settings with their values for the full-precision twin. A file that names a
     ``model_type`` describes a model alone (`ternlm.recipes.seed`), on bytes.
 
     Raises:
@@ -112,9 +116,13 @@ def load_recipe(reference: str) -> Recipe:
         model, notes = model_section(values)
         return Recipe(name, origin, "", {"model": model, "tokenizer": {"name": "byte"}}, tuple(notes))
     base, description = values.pop("extends", None), str(values.pop("description", ""))
+    twin = values.pop("twin", None) or {}
+    if not isinstance(twin, dict):
+        raise SettingsError(f"'{reference}': twin holds settings of the full-precision twin, not {twin!r}.")
     if base is not None:
-        values = _on_top(load_recipe(str(base)).values, values)
-    return Recipe(name, origin, description, values)
+        below = load_recipe(str(base))
+        values, twin = _on_top(below.values, values), {**below.twin, **twin}
+    return Recipe(name, origin, description, values, (), twin)
 
 
 def _on_top(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

@@ -59,6 +59,8 @@ def sentences(record: Row) -> list[str]:
     """What was scored, what the marks mean, and what makes numbers unlike."""
     models = record["models"]
     how = "windows without memory" if record["protocol"] == "block" else "memory carried through each document"
+    if record["protocol"].startswith("sliding"):
+        how = "windows that overlap"
     lines = [f"{record['bytes']:,} bytes in {record['documents']:,} documents; protocol {record['protocol']}: {how}"]
     if any(row["bpb_ci95"] for row in models):
         lines.append("± 95 %: documents drawn again 1,000 times, the same for all models; = not told from the best")

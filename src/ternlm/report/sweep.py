@@ -14,7 +14,7 @@ from ternlm.report.history import Curve, Follower, extend
 from ternlm.report.status import Disk, read_status
 from ternlm.report.tail import mapping, number, tail_rows
 from ternlm.training.sweep import Trial, base_arm, shown_value
-from ternlm.training.sweep_record import SweepDirectory, SweepRecord
+from ternlm.training.sweep_record import SweepDirectory, SweepRecord, TrialFolder, TrialRecord
 
 HIGHER_IS_BETTER = ("val/accuracy",)
 TIE_DEVIATIONS = 2.0
@@ -140,7 +140,7 @@ def read_summary(sweep: SweepDirectory, record: SweepRecord) -> Summary:
     """Read every run of a sweep; nothing is raised for what they lack."""
     results: dict[str, list[TrialResult]] = {}
     for trial in record.trials:
-        results.setdefault(trial.arm, []).append(_read_trial(sweep, record, trial))
+        results.setdefault(trial.arm, []).append(read_trial(sweep, record, trial, record.metric))
     values = {name: [t.value for t in trials if t.value is not None] for name, trials in results.items()}
     base = base_arm(list(results))
     compared = compare(values, base, record.metric in HIGHER_IS_BETTER)
@@ -191,8 +191,9 @@ def short_key(key: str, keys: set[str]) -> str:
     return field if sum(other.rpartition(".")[2] == field for other in keys) == 1 else key
 
 
-def _read_trial(sweep: SweepDirectory, record: SweepRecord, trial: Trial) -> TrialResult:
-    run = sweep.run(trial)
+def read_trial(folder: TrialFolder[Any], record: TrialRecord, trial: Trial, metric: str) -> TrialResult:
+    """What is known of a trial now; nothing is raised for what it lacks."""
+    run = folder.run(trial)
     status, end = read_status(run, Disk(0, 0, None)), record.ends.get(trial.id)
     state, error = status.state, status.error
     if state in ("missing", "damaged"):  # it ended before there was a run
@@ -200,9 +201,9 @@ def _read_trial(sweep: SweepDirectory, record: SweepRecord, trial: Trial) -> Tri
     elif end is not None and end.code not in (0, status.exit_code) and state == "lost":
         error = end.error or f"its process ended with code {end.code}"
     curve: Curve = []
-    extend(curve, Follower(run.evaluations).poll(), record.metric)
+    extend(curve, Follower(run.evaluations).poll(), metric)
     is_complete = state == "finished" or status.exit_code == 0
-    rows = [found for row in tail_rows(run.evaluations) if (found := number(row.get(record.metric))) is not None]
+    rows = [found for row in tail_rows(run.evaluations) if (found := number(row.get(metric))) is not None]
     return TrialResult(
         id=trial.id,
         arm=trial.arm,

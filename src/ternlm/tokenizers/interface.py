@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ternlm.errors import TokenizerError
+from ternlm.errors import TernlmError, TokenizerError
 from ternlm.settings.base import shortened
 
 
@@ -152,7 +152,7 @@ def library_errors(doing: str) -> Iterator[None]:
     """
     try:
         yield
-    except (TokenizerError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+    except (TernlmError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:  # noqa: BLE001 (a Rust panic is no Exception)
         reason = str(error).strip().splitlines()

@@ -21,6 +21,7 @@ class TrackingSettings(Settings):
         system_every_seconds: Time between rows with CPU, memory, disk and GPU, e.g. ``10s``.
         csv: Also write `logs/training_log.csv` and `logs/eval_log.csv`.
         tensorboard: Also write TensorBoard events to `logs/tensorboard`.
+        report: Also write `report.html`, `report.md` and `report.json` when the run ends; see docs/report.md.
         wandb: ``online`` (falls back to ``offline``), ``offline`` or ``disabled``; None asks the environment:
             WANDB_MODE, else ``online`` where WANDB_PROJECT is set, else ``disabled``.
         wandb_project: None takes WANDB_PROJECT, else ``ternlm``.
@@ -34,6 +35,7 @@ class TrackingSettings(Settings):
     system_every_seconds: Seconds = Field(default=10.0, gt=0)
     csv: bool = True
     tensorboard: bool = True
+    report: bool = True
     wandb: Literal["online", "offline", "disabled"] | None = None
     wandb_project: str | None = None
     wandb_name: str | None = None

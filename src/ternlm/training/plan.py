@@ -106,7 +106,7 @@ def make_plan(settings: RunSettings, windows_per_epoch: int | None = None) -> Pl
         activation_bytes_estimate=activation_bytes(model, settings, training.first_micro_batch_size()),
         checkpoint_bytes=checkpoint_bytes,
         disk_bytes=kept * checkpoint_bytes,
-        packed_bytes=_packed_bytes(model),
+        packed_bytes=packed_bytes(model),
         stages=_stages(schedule),
         schedule=schedule,
     )
@@ -136,7 +136,9 @@ def _stages(schedule: Schedule) -> list[tuple[int, int, str]]:
     return [(first, end - 1, str(schedule.stage_name(first))) for first, end in zip(starts, ends, strict=False)]
 
 
-def _packed_bytes(model: LanguageModel) -> int:
+def packed_bytes(model: LanguageModel) -> int:
+    """Size of the exported model: codes at 2 bits, or at as many as integer weights have, scales in float32, everything
+    else in bfloat16."""
     packed = scales = 0
     for layer in model.bit_linears().values():
         rows, bits = sum(layer.sizes), layer.mode.weight_bits

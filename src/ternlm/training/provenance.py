@@ -82,8 +82,8 @@ def record(run: RunDirectory, settings: RunSettings, first_step: int, teacher: M
         },
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": _versions(),
-        "hardware": _hardware(),
+        "packages": package_versions(),
+        "hardware": hardware(),
         "torch": _torch(),
         "peak": None if peak is None else peak._asdict(),
         "environment": _environment(),
@@ -196,7 +196,8 @@ def _git(folder: Path, *words: str) -> bytes | None:
     return done.stdout
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Of the packages in `PACKAGES` that are installed."""
     found = {}
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -204,7 +205,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _hardware() -> dict[str, Any]:
+def hardware() -> dict[str, Any]:
+    """Processor, memory and GPUs of this machine."""
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),

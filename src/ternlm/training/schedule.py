@@ -5,12 +5,14 @@ state, so resuming, plotting and planning cannot disagree with training.
 """
 
 import math
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from pydantic import model_validator
 
-from ternlm.models.stages import Stages
 from ternlm.settings import Count, Float, Settings
+
+if TYPE_CHECKING:
+    from ternlm.models.stages import Stages
 
 ScheduleName = Literal["constant", "linear", "cosine", "wsd", "two_stage", "two_stage_continuous"]
 
@@ -92,7 +94,7 @@ class Schedule:
         peak: float,
         weight_decay: float,
         total_steps: int,
-        quantization: Stages | None = None,
+        quantization: "Stages | None" = None,
     ) -> None:
         self.quantization = quantization if quantization is not None and quantization.is_staged else None
         self.settings, self.peak, self.total_steps = settings, peak, total_steps

@@ -1,4 +1,4 @@
-"""Running the trials of a sweep: each in a process of its own, as `ternlm train` or `ternlm resume`.
+"""Running trials, as those of a sweep: each in a process of its own, as `ternlm train` or `ternlm resume`.
 
 A trial that fails, diverges or takes the machine's last memory ends alone; the others go on. What a trial left on
 disk decides what is still to do, so a sweep can be stopped anywhere and given again.
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 from ternlm.errors import Diverged, Interrupted, Preempted
 from ternlm.files import from_json, read_regular
@@ -22,16 +22,16 @@ from ternlm.settings.resolve import ENVIRONMENT_PREFIX
 from ternlm.training.interruption import Interruption
 from ternlm.training.status import FINAL
 from ternlm.training.sweep import Trial
-from ternlm.training.sweep_record import End, SweepDirectory, SweepRecord
+from ternlm.training.sweep_record import End, Record, TrialFolder, TrialRecord
 
 _POLL_S, _PATIENCE_S = 0.05, 20.0
 _UNFINISHED = (Interrupted.exit_code, Preempted.exit_code)
 _LARGEST_STATUS, _LONGEST_ERROR = 2**20, 2000
 
 
-def end_of(sweep: SweepDirectory, record: SweepRecord, trial: Trial) -> End | None:
+def end_of(folder: TrialFolder[Any], record: TrialRecord, trial: Trial) -> End | None:
     """How a trial ended; None if it has not been run, or was stopped, or killed, and has more to do."""
-    known = _last_word(sweep.run(trial)) or record.ends.get(trial.id)
+    known = _last_word(folder.run(trial)) or record.ends.get(trial.id)
     return None if known is None or known.code in _UNFINISHED or known.code < 0 else known
 
 
@@ -40,9 +40,9 @@ def is_settled(end: End | None) -> bool:
     return end is not None and end.code in (0, Diverged.exit_code)
 
 
-def pending(sweep: SweepDirectory, record: SweepRecord, retry_failed: bool) -> list[Trial]:
+def pending(folder: TrialFolder[Any], record: TrialRecord, retry_failed: bool) -> list[Trial]:
     """The trials still to run: those without an end, and on request those that failed."""
-    ends = {trial.id: end_of(sweep, record, trial) for trial in record.trials}
+    ends = {trial.id: end_of(folder, record, trial) for trial in record.trials}
     return [
         trial
         for trial in record.trials
@@ -50,28 +50,28 @@ def pending(sweep: SweepDirectory, record: SweepRecord, retry_failed: bool) -> l
     ]  # fmt: skip
 
 
-class TrialRunner:
-    """Runs trials, a few at a time, and keeps `sweep.json` up to date.
+class TrialRunner(Generic[Record]):
+    """Runs trials, a few at a time, and keeps the folder's file up to date.
 
     Args:
-        sweep: The folder, held by this process.
-        record: What the sweep is.
+        folder: Where their runs are, held by this process.
+        record: What they belong to.
         parallel: How many trials run at the same time.
         show: Whether a trial's own output is shown; only one at a time can be.
         began: Called with a trial before it starts.
-        ended: Called after `sweep.json` was brought up to date with the end of a trial.
+        ended: Called after the file was brought up to date with the end of a trial.
     """
 
     def __init__(
         self,
-        sweep: SweepDirectory,
-        record: SweepRecord,
+        folder: TrialFolder[Record],
+        record: Record,
         parallel: int = 1,
         show: bool = False,
         began: Callable[[Trial], None] = lambda trial: None,
         ended: Callable[[Trial, End], None] = lambda trial, end: None,
     ) -> None:
-        self.sweep, self.record, self.parallel = sweep, record, parallel
+        self.folder, self.record, self.parallel = folder, record, parallel
         self._show, self._began, self._ended = show and parallel == 1, began, ended
         self._running: dict[int, tuple[Trial, subprocess.Popen[bytes]]] = {}
 
@@ -97,16 +97,16 @@ class TrialRunner:
             finally:
                 self._end_all()
         if interruption.received is not None:
-            ends = [end_of(self.sweep, self.record, trial) for trial in self.record.trials]
+            ends = [end_of(self.folder, self.record, trial) for trial in self.record.trials]
             raise interruption.error(
                 f"{sum(map(is_settled, ends))} of {len(ends)} trials are done, what ran is saved. "
-                f"Continue with: ternlm sweep --resume {self.sweep.path}"
+                f"Continue with: {self.folder.resume_command}"
             )
 
     def _start(self, trial: Trial) -> None:
         slot = next(place for place in range(self.parallel) if place not in self._running)
         self._began(trial)
-        with self.sweep.log(trial).open("ab") as log:
+        with self.folder.log(trial).open("ab") as log:
             process = subprocess.Popen(
                 self.command(trial),
                 stdin=subprocess.DEVNULL,
@@ -119,19 +119,20 @@ class TrialRunner:
 
     def command(self, trial: Trial) -> list[str]:
         """What a user would type for this trial."""
-        run, quiet = self.sweep.run(trial), [] if self._show else ["--quiet"]
+        run, quiet = self.folder.run(trial), [] if self._show else ["--quiet"]
         ternlm = [sys.executable, "-m", "ternlm"]
         if run.config.exists():
             return [*ternlm, "resume", str(run.path), *quiet]
         words = assignments({**self.record.shared, **trial.overrides()})
-        place = ["--run-id", trial.id, "--runs-dir", str(self.sweep.path)]
+        place = ["--run-id", trial.id, "--runs-dir", str(self.folder.path)]
         return [*ternlm, "train", self.record.recipe, *words, *place, *quiet]
 
     def _environment(self, trial: Trial, slot: int) -> dict[str, str]:
         """Settings of the environment are part of the sweep already; trials side by side share cores and GPUs out."""
         given = {name: value for name, value in os.environ.items() if not name.startswith(ENVIRONMENT_PREFIX)}
-        given.setdefault("WANDB_RUN_GROUP", self.sweep.id)
-        given.setdefault("WANDB_NAME", f"{self.sweep.id}/{trial.id}")
+        given[f"{ENVIRONMENT_PREFIX}tracking__report"] = "false"  # of trials there are too many
+        given.setdefault("WANDB_RUN_GROUP", self.folder.id)
+        given.setdefault("WANDB_NAME", f"{self.folder.id}/{trial.id}")
         if self.parallel > 1:
             given.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // self.parallel, 1)))
             gpus = _gpus(given)
@@ -146,13 +147,13 @@ class TrialRunner:
                 self._keep(trial, process.returncode)
 
     def _keep(self, trial: Trial, code: int) -> None:
-        log = self.sweep.log(trial)
+        log = self.folder.log(trial)
         end = End(code, _last_line(log) if code else None)
         self.record.ends[trial.id] = end
         with suppress(OSError):
             if not log.stat().st_size:
                 log.unlink()
-        self.sweep.write(self.record)
+        self.folder.write(self.record)
         self._ended(trial, end)
 
     def _signal(self, number: int) -> None:
@@ -169,10 +170,10 @@ class TrialRunner:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            self.record.ends[trial.id] = End(process.returncode, _last_line(self.sweep.log(trial)))
+            self.record.ends[trial.id] = End(process.returncode, _last_line(self.folder.log(trial)))
         if self._running:
             self._running.clear()
-            self.sweep.write(self.record)
+            self.folder.write(self.record)
 
 
 def assignments(values: Mapping[str, Any]) -> list[str]:
