@@ -105,9 +105,10 @@ def test_an_encoder_only_reads() -> None:
 
 def test_a_file_has_two_bits_per_ternary_weight_and_sixteen_for_the_rest() -> None:
     ternary, full = built(candidate("ternary")), built(candidate("full"))
-    counts = ternary.parameter_counts()
-    matrices = sum(len(layer.sizes) for layer in ternary.model.bit_linears().values())
-    assert ternary.disk_bytes() == counts.ternary // 4 + 4 * matrices + 2 * (counts.embedding + counts.other)
+    counts, layers = ternary.parameter_counts(), ternary.model.bit_linears().values()
+    codes = sum(sum(layer.sizes) * 64 * math.ceil(layer.in_features / 256) for layer in layers)
+    matrices = sum(len(layer.sizes) for layer in layers)
+    assert ternary.disk_bytes() == codes + 4 * matrices + 2 * (counts.embedding + counts.other)
     assert full.disk_bytes() == 2 * counts.total
 
 
@@ -122,6 +123,19 @@ def test_live_tensors_are_what_is_held_and_the_most_that_a_call_adds() -> None:
 
     assert bytes_of([held, shared]) == 2**20
     assert tensor_peak_mb(call, [held, shared], CPU) == pytest.approx(4.0, abs=0.01)
+
+
+def test_on_a_gpu_the_tensors_of_other_models_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, others, most = torch.zeros(2**18), 50 * 2**20, []  # 1 MiB beside 50 MiB of somebody else
+    allocator = {
+        "synchronize": lambda device: None,
+        "reset_peak_memory_stats": lambda device: None,
+        "memory_allocated": lambda device: others + 2**20,
+        "max_memory_allocated": lambda device: others + 2**20 + max(most),
+    }
+    for name, answer in allocator.items():
+        monkeypatch.setattr(torch.cuda, name, answer)
+    assert tensor_peak_mb(lambda: most.append(3 * 2**20), [held], torch.device("cuda")) == 4.0
 
 
 @pytest.mark.parametrize("peer", ["published", "transformers"])

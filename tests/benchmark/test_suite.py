@@ -12,6 +12,7 @@ from ternlm.benchmark.candidate import Candidate
 from ternlm.benchmark.process import train_apart
 from ternlm.benchmark.subject import Work
 from ternlm.cli.benchmark_models import candidate_of
+from ternlm.errors import SettingsError
 from ternlm.report.benchmark import benchmark_sections, benchmark_tables, sentences
 
 SHAPE: dict[str, Any] = {
@@ -107,6 +108,20 @@ def test_the_reference_is_its_real_shape() -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == 1_100_048_384
     assert not one.is_trained
     assert "random weights" in one.notes[0]
+
+
+def test_prompts_fit_models_whose_context_is_short_unless_they_are_asked_for() -> None:
+    from ternlm.cli.benchmark import _options
+
+    cpu, small = torch.device("cpu"), [candidate_of("bitnet-1m", None, True)]
+    assert _options(cpu, None, small, 1, None, False, None, 64).prompt_length == 256 - 64
+    free = [candidate_of("hgrn-nano", None, True)]
+    assert _options(cpu, None, free, 1, None, False, None, 64).prompt_length == 256
+    assert _options(cpu, None, free, 1, 999, False, 600, 64).prompt_length == 600, (
+        "a recurrence reads texts of any length"
+    )
+    with pytest.raises(SettingsError, match="exceeds the 256 tokens"):
+        _options(cpu, None, small, 1, None, False, 256, 64)
 
 
 def test_the_verb_writes_a_record_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,6 +140,11 @@ def test_a_report_needs_no_torch(run: RunDirectory, tmp_path: Path) -> None:
 def test_an_empty_run_and_one_that_lost_its_files_have_a_report(ternlm, tmp_path: Path) -> None:
     (tmp_path / "runs" / "empty" / "meta").mkdir(parents=True)
     assert ternlm("report", "empty").code == 0
+    (tmp_path / "runs" / "bare").mkdir()
+    assert ternlm("report", "runs/bare").code == 0
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").write_text("not a run")
+    assert ternlm("report", "other").code == 3, "nothing is written among the files of others"
     run = fake_run(tmp_path / "runs" / "lost", step=300, total=400)
     for file in [file for file in run.path.rglob("*") if file.is_file()]:
         file.write_bytes(b'{"step": "x", "val/loss": [1]}\n\xff\xfe{"step"')

@@ -55,6 +55,11 @@ def test_a_local_file_becomes_the_articles_that_the_hub_gives(tmp_path: Path) ->
     ]
 
 
+def test_a_title_may_have_one_letter() -> None:
+    rows = [" = X = \n", "one\n", " = = Y = = \n", "two\n", " = Zed = \n", "three\n"]
+    assert len(list(wikitext_articles(rows))) == 2
+
+
 def test_another_name_is_wikitext_on_request_only(tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text(RAW, encoding="utf-8")
     assert len(list(read_documents(str(tmp_path / "other.txt")))) == 1

@@ -12,7 +12,7 @@ from exported import loaded
 
 from builders import Fault, random_tokens
 from ternlm import checkpoint
-from ternlm.checkpoint import pack, packed_snapshot, ternary_matrices, write_snapshot
+from ternlm.checkpoint import pack, packed_bytes, packed_snapshot, ternary_matrices, write_snapshot
 from ternlm.checkpoint.manifest import PACKED, seal
 from ternlm.checkpoint.packed import load_packed
 from ternlm.checkpoint.snapshot import serialize
@@ -42,6 +42,18 @@ def saved(folder: Path, source: checkpoint.Loaded, **options: Any) -> Path:
     packed = pack(source.model, **options)
     write_snapshot(folder, packed_snapshot(packed, source.tokenizer, source.config, source.state))
     return folder
+
+
+@pytest.mark.parametrize("family", ["bitnet", "qdyt", "hgrn", "hnet"])
+@pytest.mark.parametrize("quantization", QUANTIZERS, ids=str)
+def test_the_size_that_is_told_is_that_of_the_parameters_in_the_file(family: str, quantization: dict[str, Any]) -> None:
+    extra = {"quantize_lm_head": True} if family == "hgrn" else {}
+    model = loaded(family, quantization, **extra).model
+    names, size = {name for name, _ in model.named_parameters()}, 0
+    for name, tensor in pack(model).tensors.items():
+        is_packed = name.endswith((".weight_packed", ".weight_scale"))
+        size += tensor.nbytes if is_packed else 2 * tensor.numel() * (name in names)
+    assert packed_bytes(model) == size
 
 
 @pytest.mark.parametrize("family", ["bitnet", "qdyt", "hgrn", "hnet"])

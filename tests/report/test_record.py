@@ -19,7 +19,7 @@ from ternlm.report.page import html_page
 from ternlm.report.papers import papers
 from ternlm.report.record import read_record
 from ternlm.report.sections import sections
-from ternlm.report.size import packed_bytes, tensor_shapes
+from ternlm.report.size import tensor_shapes
 from ternlm.report.spread import curve, evenly, spread_rows, thinned
 from ternlm.run_directory import RunDirectory
 
@@ -103,8 +103,8 @@ def test_a_run_is_read_in_full(tmp_path: Path) -> None:
     assert run["data"]["splits"] == {"train": {"documents": 7, "tokens": 900, "bytes": 880}}
     assert "first_token_ids" not in run["data"]
     assert run["parameters"] == {"total": 256 * 8 + 2 * 128, "ternary": 256, "embedding": None, "scales": 2,
+                                 "packed_bytes": 2 * 16 * 256 // 4 + 2 * 4 + 2 * 256 * 8,
                                  "source": "checkpoints/step_000250/model.safetensors"}  # fmt: skip
-    assert packed_bytes(run["parameters"]) == 256 // 4 + 2 * 4 + 2 * 256 * 8
     assert run["checkpoints"][0]["pointers"] == ["last"]
     assert run["checkpoints"][0]["has_manifest"]
     assert run["ternary"]["matrices"] == list(MATRICES)
@@ -219,6 +219,18 @@ def test_a_missing_or_empty_folder_is_a_report_that_says_so(tmp_path: Path) -> N
     assert "There are no runs." in rendered()
     RunDirectory(tmp_path / "made").ensure_writable()
     assert "Nothing was logged" in rendered(RunDirectory(tmp_path / "made"))
+
+
+def test_a_checkpoint_that_was_cut_short_is_said_to_be(tmp_path: Path) -> None:
+    run = full_run(tmp_path / "run")
+    folder = run.checkpoints / "step_000250"
+    files = {"model.safetensors": {"bytes": (folder / "model.safetensors").stat().st_size}}
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    assert "cut short" not in rendered(run)
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1])
+    assert "cut short" in rendered(run)
+    (folder / "model.safetensors").unlink()
+    assert "cut short" in rendered(run)
 
 
 FILES: list[Callable[[RunDirectory], Path]] = [
@@ -393,7 +405,9 @@ def test_a_comparison_with_full_precision_is_taken_along_if_it_is_one(tmp_path: 
     run = full_run(tmp_path / "run")
     assert read_record([run], tmp_path, now=TIME)["twin"] is None
     (tmp_path / "comparison.json").write_text('{"texts": 5, "arms": {}}')
-    assert read_record([run], tmp_path, now=TIME)["twin"] is None
+    record = read_record([run], tmp_path, now=TIME)
+    assert record["twin"] == {}
+    assert "comparison.json is damaged" in markdown("", "", sections(record)), "a gap that is lost is not passed over"
     (tmp_path / "comparison.json").write_text('{"texts": [], "arms": {}, "x": NaN}')
     assert read_record([run], tmp_path, now=TIME)["twin"] == {"texts": [], "arms": {}, "x": None}
 

@@ -39,7 +39,7 @@ def test_planning_the_largest_recipe_allocates_no_weights(tmp_path: Path) -> Non
         ({"training": {"gradient_checkpointing": True}}, {"activation_bytes_estimate"}),
         ({"training": {"keep_last": 9}}, {"disk_bytes"}),
         ({"training": {"keep_every": 1}}, {"disk_bytes"}),
-        ({"quantization": {"weights": "none"}}, {"state_bytes", "activation_bytes_estimate"}),
+        ({"quantization": {"weights": "none"}}, {"state_bytes", "activation_bytes_estimate", "packed_bytes"}),
     ],
 )
 def test_t12_a_setting_moves_the_numbers_it_should(tmp_path: Path, sections: dict[str, Any], changed: set[str]) -> None:

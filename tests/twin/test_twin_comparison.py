@@ -171,6 +171,19 @@ def test_there_is_no_gap_between_scores_on_other_targets(folder: TwinDirectory, 
     assert "there is no gap" in headline(found)[0]
 
 
+def test_there_is_no_gap_over_seeds_that_were_scored_on_other_targets(folder: TwinDirectory) -> None:
+    record, found = make(folder, {}, FINISHED, seeds=[4, 7]), {}
+    for seed, changes in ((4, {}), (7, {"eval_id": "y"})):
+        for arm in FINISHED:
+            found[f"{arm}-s{seed}"] = {"after": {"validation": score(4.0, seed, **changes)}}
+    kept = found["full-s7"]["after"]["validation"]["by_document"]
+    for values in (kept, found["ternary-s7"]["after"]["validation"]["by_document"]):
+        values.update({name: values[name][:-1] for name in ("text_nats", "bytes", "nats", "targets")})
+    text = compare(folder, record, found, None)["texts"][0]
+    assert text["gap_nats"] is None
+    assert [row["gap_nats"] is None for row in text["seeds"]] == [False, False]
+
+
 def test_an_encoder_has_a_gap_in_nats_and_neither_bits_nor_an_interval(folder: TwinDirectory) -> None:
     one, other = ({**score(mean, 1, bpb=None, mask_id="m"), "by_document": None} for mean in (3.0, 2.5))
     text = compare(folder, make(folder, {}, FINISHED), scores(one, other), None)["texts"][0]
@@ -209,6 +222,13 @@ def test_arms_on_unequal_tokens_are_called_unusable(folder: TwinDirectory) -> No
         "text": "The arms were trained on different numbers of tokens, which makes the gap unusable.",
     } in notes
     assert "good" not in [note["kind"] for note in notes]
+
+
+def test_e10_arms_are_not_said_to_have_read_the_same_where_that_is_not_known(folder: TwinDirectory) -> None:
+    record = make(folder, {}, FINISHED)
+    for trial in record.trials:
+        folder.run(trial).data_fingerprint.unlink()
+    assert "good" not in kinds(compare(folder, record, scores(score(4.1, 1), score(3.9, 2)), None))
 
 
 def test_what_differs_between_the_arms_is_read_from_their_settings(folder: TwinDirectory) -> None:

@@ -15,22 +15,23 @@ from ternlm.device import peak_memory_mb
 def tensor_peak_mb(call: Callable[[], Any], held: Iterable[Tensor], device: torch.device) -> float:
     """Largest sum of live tensors during a call, in MiB.
 
-    On CUDA that is the allocator's own peak, which counts everything there. Elsewhere: what is held all the time, and
-    on top of it the largest balance of what the call allocates and frees, as the profiler sees them. It holds neither
-    the libraries nor the holes that a heap keeps, so it is the same in each run.
+    That is what is held all the time, and on top of it the largest balance of what the call allocates and frees: on
+    CUDA by the allocator's own peak, elsewhere as the profiler sees it. Neither the libraries nor the holes that a heap
+    keeps are in it, nor other models on the device, so it is the same in each run.
 
     Args:
         call: Made once; it must have been made before, or its caches would count as its own.
         held: Tensors that live before and after: parameters, buffers, the state of an optimizer.
         device: Where they are.
     """
+    static = bytes_of(held)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
         call()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    static = bytes_of(held)
+        return (static + torch.cuda.max_memory_allocated(device) - before) / 2**20
     with (
         _quiet(),
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile,

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, final
 import torch
 from torch import Tensor
 
+from ternlm.checkpoint import packed_bytes
 from ternlm.data.batch import IGNORED, Batch
 from ternlm.device import choose_dtype
 from ternlm.models import LanguageModel, ParameterCounts
@@ -70,7 +71,7 @@ class Subject(ABC):
 
     @abstractmethod
     def disk_bytes(self) -> int:
-        """Size of a file of it: ternary weights at 2 bits and a float32 scale, everything else at 16 bits."""
+        """Size of a file of it: ternary weights as `packed_bytes` counts them, everything else at 16 bits."""
 
     @abstractmethod
     def begin_training(self, work: Work, say: Callable[[str], None]) -> bool:
@@ -148,14 +149,7 @@ class OwnSubject(Subject):
         return self.model.settings.flops_per_token(context)
 
     def disk_bytes(self) -> int:
-        counts = self.model.parameter_counts()
-        packed = 0
-        for layer in self.model.bit_linears().values():
-            bits = {"ternary": 2, "none": 16}.get(layer.mode.weights) or layer.mode.weight_bits or 16
-            per_scale = {"tensor": layer.weight.numel() // len(layer.sizes), "row": layer.in_features}
-            grouped = per_scale.get(layer.mode.granularity, layer.mode.group_size)
-            packed += layer.weight.numel() * bits // 8 + (4 * layer.weight.numel() // grouped if bits < 16 else 0)
-        return packed + 2 * (counts.embedding + counts.other)
+        return packed_bytes(self.model)
 
     def begin_training(self, work: Work, say: Callable[[str], None]) -> bool:
         model = self.model.train()

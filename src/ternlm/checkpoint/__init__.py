@@ -15,7 +15,7 @@ from ternlm.checkpoint.loading import (
     open_newest,
 )
 from ternlm.checkpoint.manifest import verify
-from ternlm.checkpoint.packed import ENCODINGS, pack, packed_snapshot, ternary_layers, ternary_matrices
+from ternlm.checkpoint.packed import ENCODINGS, pack, packed_bytes, packed_snapshot, ternary_layers, ternary_matrices
 from ternlm.checkpoint.snapshot import Contents
 from ternlm.checkpoint.store import abandon, folder, newest_valid, point, prune, remove_unfinished, resolve, steps
 from ternlm.checkpoint.writer import Saved, Writer, require_room, save, save_as, write_snapshot
@@ -35,6 +35,7 @@ __all__ = [
     "open_checkpoint",
     "open_newest",
     "pack",
+    "packed_bytes",
     "packed_snapshot",
     "point",
     "prune",

@@ -7,6 +7,7 @@ header says how to read them: format, version, encoding, family, settings of the
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from ternlm.errors import CheckpointError, SettingsError
 from ternlm.files import from_json, to_json
 from ternlm.models import LanguageModel
 from ternlm.nn.linear import BitLinear
-from ternlm.ops.packing import pack_2bit, pack_trits, unpack_2bit, unpack_trits
+from ternlm.ops.packing import BLOCK, pack_2bit, pack_trits, unpack_2bit, unpack_trits
 from ternlm.tokenizers import Tokenizer
 
 VERSION = "1"
@@ -115,6 +116,24 @@ def pack(model: LanguageModel, encoding: str = "2bit64", embedding: torch.dtype 
         "ternlm.codes_sha256": _digest({name: codes for name, (codes, _) in matrices.items()}),
     }
     return Packed({name: _plain(name, tensor) for name, tensor in tensors.items()}, metadata)
+
+
+def packed_bytes(model: LanguageModel) -> int:
+    """Size of a packed model without the header of its file; it may be on the meta device.
+
+    Codes at 2 bits in rows padded to whole blocks of columns (``2bit64``), integer weights at as many bits as they
+    have, scales in float32, everything else in bfloat16.
+    """
+    rounding = {name: layer for name, layer in model.bit_linears().items() if layer.mode.weights != "none"}
+    layers = {**rounding, **ternary_layers(model)}
+    inside, size = {id(layer.weight) for layer in layers.values()}, 0
+    for layer in layers.values():
+        rows, bits = sum(layer.sizes), layer.mode.weight_bits
+        size += rows * (BLOCK // 4 * -(-layer.in_features // BLOCK) if bits is None else layer.in_features * bits // 8)
+        shapes = [_scale_shape(layer, each) for each in layer.sizes] if bits is None else [(rows,)]
+        size += 4 * sum(math.prod(shape) for shape in shapes)
+    others = (p for name, p in model.named_parameters() if id(p) not in inside and ".quantizer." not in name)
+    return size + 2 * sum(other.numel() for other in others)
 
 
 def packed_snapshot(

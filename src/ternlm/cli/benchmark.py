@@ -1,5 +1,6 @@
 """`ternlm benchmark`: what training and inference cost, models and other people's layers side by side."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -41,7 +42,10 @@ def benchmark(
     sequence_length: Annotated[
         int | None, typer.Option(min=8, help="Tokens of each.", show_default="512, or what all models take")
     ] = None,
-    prompt_length: Annotated[int, typer.Option(min=1, help="Tokens that are read before the first is written.")] = 256,
+    prompt_length: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens read before the first is written.", show_default="256, or what all take"),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(min=0, help="Tokens written.")] = 64,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile the blocks for training.")] = False,
     repeats: Annotated[int, typer.Option(min=2, help="Steps of each model that count; half as many texts.")] = 12,
@@ -122,7 +126,7 @@ def _options(
     batch_size: int,
     sequence_length: int | None,
     compiled: bool,
-    prompt_length: int,
+    prompt_length: int | None,
     new_tokens: int,
 ) -> "Options":
     """How to measure.
@@ -134,11 +138,12 @@ def _options(
     from ternlm.benchmark.suite import Options
 
     limits = {each.name: limit for each in candidates if (limit := most_tokens(each)) is not None}
-    longest = min(limits.values(), default=512)
-    length = sequence_length or min(512, longest)
+    longest = min(limits.values(), default=math.inf)
+    length = sequence_length or int(min(512, longest))
+    prompt = prompt_length or int(max(min(256, longest - new_tokens), 1))
     for option, asked in (
         ("--sequence-length", length),
-        ("--prompt-length + --new-tokens", prompt_length + new_tokens),
+        ("--prompt-length + --new-tokens", prompt + new_tokens),
     ):
         is_asked = only != ("inference" if option == "--sequence-length" else "training")
         if is_asked and asked > longest:
@@ -149,7 +154,7 @@ def _options(
         training=only != "inference",
         inference=only != "training",
         work=Work(batch_size, length, compiled),
-        prompt_length=prompt_length,
+        prompt_length=prompt,
         new_tokens=new_tokens,
     )
 

@@ -191,9 +191,17 @@ def _folder(reference: str, root: Path) -> Path:
     from ternlm.run_directory import SWEEP, TWIN, find_run
 
     for folder in (Path(reference), root / reference):
-        if is_run(folder) or (folder / SWEEP).is_file() or (folder / TWIN).is_file():
+        if is_run(folder) or (folder / SWEEP).is_file() or (folder / TWIN).is_file() or _is_empty(folder):
             return folder
     return find_run(reference, root).path
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether it is a folder in which a run has left nothing at all."""
+    try:
+        return folder.is_dir() and not any(folder.iterdir())
+    except OSError:
+        return False
 
 
 def _members(folder: Path) -> list[Path]:

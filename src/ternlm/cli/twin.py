@@ -207,7 +207,7 @@ def _show(found: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     if not console.is_terminal:
-        console = Console(highlight=False, width=max(console.width, 140))
+        console = Console(highlight=False, width=max(console.width, 170))
     ascii_only = console.options.ascii_only
     console.print()
     console.print(comparison_table(found, ascii_only))

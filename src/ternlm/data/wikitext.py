@@ -18,7 +18,7 @@ one document, all rows with an empty line between each two, as GPTQ's script and
 
 _FILE = re.compile(r"wiki\.[^/\\]+\.(raw|tokens)(\.gz|\.zst)?")
 _BLANK_LINES = re.compile(r"\A([^\S\n]*\n)*")
-_HEADING = re.compile(r" = [^=].*[^=] = \n?")
+_HEADING = re.compile(r" = [^=](.*[^=])? = \n?")
 
 # The rules and their order define the metric; some never apply to WikiText.
 _PUNCTUATION = tuple((f" {mark} ", f"{mark} ") for mark in ":;.!?,")

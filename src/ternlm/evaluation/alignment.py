@@ -55,7 +55,7 @@ def measure(loaded: Loaded) -> dict[str, Any]:
         "checkpoint": loaded.path.name,
         "step": loaded.state["step"],
         "parameters": {"total": counts.total, "ternary": ternary, "embedding": counts.embedding,
-                       "scales": weights.scales},
+                       "scales": weights.scales, "packed_bytes": checkpoint.packed_bytes(loaded.model)},
         "rows": _rows(loaded, weights),
     }  # fmt: skip
 

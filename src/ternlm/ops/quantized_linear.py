@@ -16,8 +16,11 @@ from ternlm.ops.integer_matmul import integer_matmul
 from ternlm.ops.quantize import codes_on_grid, dequantize_weight, quantize_activation
 from ternlm.ops.row_blocks import row_blocks
 
-_SUMS_AT_A_TIME = 1 << 16
-"""Size of a block of the product on a CPU: its integer sums and their float32 form, 512 kB, stay in the L2 cache."""
+_SUMS_AT_A_TIME, _SUMS_OF_WIDE_INPUTS = 1 << 16, 1 << 17
+"""Size of a block of the product on a CPU: its integer sums and their float32 form, 512 kB, stay in the L2 cache. From
+`_WIDE` columns of the input on, twice as much is up to a fifth faster: each block lays out the codes anew."""
+
+_WIDE = 768
 
 _COLUMNS_AT_A_TIME = 512
 """Width of such a block: the exact product of a narrow layer is up to twice as fast as with all columns at once."""
@@ -176,10 +179,11 @@ def _scaled_product(
     """(Xq Q_i^T) * (g_i / s) for each merged matrix: a float32 product, then the cast."""
     outputs = _empty_outputs(x_codes, s, codes, scale, sizes, dtype)
     scales = scale.unbind() if scale.dim() == 1 else scale[:, 0].split(list(sizes))
+    at_a_time = _SUMS_AT_A_TIME if x_codes.shape[1] < _WIDE else _SUMS_OF_WIDE_INPUTS
     for y, matrix, g in zip(outputs, codes.split(list(sizes)), scales, strict=True):
         for columns in _column_blocks(x_codes, matrix):
             part, own = matrix[columns], g if g.dim() == 0 else g[columns]
-            for rows in row_blocks(x_codes, part.shape[0], _SUMS_AT_A_TIME):
+            for rows in row_blocks(x_codes, part.shape[0], at_a_time):
                 y[rows, columns] = integer_matmul(x_codes[rows], part).float().mul_(own / s[rows])
     return outputs
 

@@ -77,10 +77,10 @@ def _kind(record: Row, line: str) -> Any:
 def _parts(record: Row) -> Iterator[tuple[str, str, Sequence[str], list[list[str]]]]:
     training, inference = record["training"], record["inference"]
     if training is not None:
-        title = f"Training, time per token by that of {record['base']}"
+        title = f"Training, time per token over that of {record['base']}; above 1 is slower"
         yield "training", title, *_filled(_TRAINING, [*map(_training, training["rows"])])
     if inference is not None:
-        title = f"Inference, time by that of {record['base']}"
+        title = f"Inference, time over that of {record['base']}; above 1 is slower"
         yield "inference", title, *_filled(_INFERENCE, [*map(_inference, inference["rows"])])
 
 
@@ -147,8 +147,9 @@ def _machine(machine: Row) -> str:
     name = machine["device_name"] or machine["cpu"]
     peak = machine["peak"]
     most = f", {peak['flops'] / 1e12:.2f} TFLOP/s at most ({peak['source']})" if peak else ""
+    used = f"{machine['threads']} {'thread' if machine['threads'] == 1 else 'threads'}"
     return (
-        f"machine: {name}, {machine['cores']} cores, {machine['threads']} threads used, {machine['ram_gb']} GB, "
+        f"machine: {name}, {machine['cores']} cores, {used} used, {machine['ram_gb']} GB, "
         f"load {machine['load_average']}{most}; torch {machine['packages']['torch']}, ternlm {machine['ternlm']}"
     )
 
@@ -170,7 +171,8 @@ def _numbers(record: Row) -> list[Numbers]:
         row = rows[name] if name is not None else None
         row = row[quantity] if row is not None and quantity else row
         if row is not None and row["ratio"] is not None and name != record["base"]:
-            found.append(Number(label, f"{row['ratio']['median']:.2f}x", f"{name} by {record['base']}", _FILE))
+            detail = f"{name} over {record['base']}; above 1 is slower"
+            found.append(Number(label, f"{row['ratio']['median']:.2f}x", detail, _FILE))
         if name is not None and part == "inference":
             found.append(Number("file", _size(rows[name]["disk_mb"]), f"{name}, 2 bits per ternary weight", _FILE))
     return [Numbers(found)] if found else []

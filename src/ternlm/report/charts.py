@@ -97,7 +97,7 @@ def lines(
     _draw_marks(axes, marks)
     axes.grid(axis="y", color=LINE, lw=0.7)
     axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    axes.set_ylabel(f"{y_label}, log scale" if log_y else y_label)
     draw_legend(figure, axes)
     return figure
 

@@ -47,7 +47,7 @@ def read_record(runs: Sequence[RunDirectory], twin: Path | None = None, now: flo
 
     Returns:
         `schema`, `made_at`, `version`; `runs`, one mapping each as `read_run` returns it; `differences`, the settings
-        in which several runs differ; `twin`, what ``comparison.json`` holds, or None.
+        in which several runs differ; `twin`, what ``comparison.json`` holds, or None without one.
     """
     now = time.time() if now is None else now
     found = [read_run(run, now) for run in runs]
@@ -117,9 +117,11 @@ def differences(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _twin(folder: Path) -> dict[str, Any] | None:
-    """The result of a comparison, if the file holds one."""
+    """The result of a comparison; empty if the file holds something else, None if there is no file yet."""
     found = mapping(_json_safe(tail.document(folder / TWIN_RESULT)))
-    return found if isinstance(found.get("texts"), list) and isinstance(found.get("arms"), dict) else None
+    if isinstance(found.get("texts"), list) and isinstance(found.get("arms"), dict):
+        return found
+    return {} if (folder / TWIN_RESULT).exists() else None
 
 
 def _tell_apart(runs: list[dict[str, Any]]) -> None:
@@ -239,9 +241,18 @@ def _checkpoints(run: RunDirectory) -> list[dict[str, Any]]:
                 "step": int(match[1]),
                 "bytes": tail.bytes_below(folder),
                 "pointers": [pointer for pointer, target in pointers.items() if target == name],
-                "has_manifest": bool(mapping((tail.document(folder / "manifest.json") or {}).get("files"))),
+                "has_manifest": bool(files := mapping((tail.document(folder / "manifest.json") or {}).get("files"))),
+                "is_complete": all(_has_size(folder / name, entry) for name, entry in files.items()),
             })  # fmt: skip
     return sorted(found, key=lambda one: one["step"])
+
+
+def _has_size(file: Path, entry: Any) -> bool:
+    """Whether a file of a checkpoint is as long as its manifest says; what it holds is not read."""
+    try:
+        return file.stat().st_size == whole(mapping(entry).get("bytes"))
+    except (OSError, ValueError):
+        return False
 
 
 def _pointed(file: Path) -> str:

@@ -32,7 +32,7 @@ def sections(record: Mapping[str, Any]) -> list[Section]:
         record: As `record.read_record` returns it.
     """
     runs: Sequence[Run] = record["runs"]
-    twin = twin_sections(record["twin"]) if record.get("twin") else []
+    twin = twin_sections(record["twin"]) if record.get("twin") is not None else []
     if len(runs) == 1:
         first, *others = run_sections(runs[0])
         papers = papers_section(runs[0])

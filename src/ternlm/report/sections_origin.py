@@ -51,12 +51,18 @@ def checkpoints_section(run: Run) -> Section | None:
         return None
     rows = [
         (one["name"], count(one["step"]), size(one["bytes"]), ", ".join(one["pointers"]) or "",
-         "" if one["has_manifest"] else "its manifest cannot be read")
+         _damage(one))
         for one in run["checkpoints"]
     ]  # fmt: skip
-    kinds: list[Kind] = ["plain" if one["has_manifest"] else "bad" for one in run["checkpoints"]]
+    kinds: list[Kind] = ["bad" if _damage(one) else "plain" for one in run["checkpoints"]]
     titles = ("checkpoint", "step", "size", "called", "state")
     return Section("Checkpoints", (Table(titles, rows, "Saved weights.", (1, 2), "checkpoints", kinds),), True)
+
+
+def _damage(checkpoint: Mapping[str, Any]) -> str:
+    if not checkpoint["has_manifest"]:
+        return "its manifest cannot be read"
+    return "" if checkpoint["is_complete"] else "damaged: a file is missing or cut short"
 
 
 def alignment_section(run: Run) -> Section:

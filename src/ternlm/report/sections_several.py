@@ -9,7 +9,6 @@ from ternlm.report.charts import Series, lines
 from ternlm.report.sections_machine import middle
 from ternlm.report.sections_summary import best_evaluation
 from ternlm.report.sections_training import EVALUATIONS, LOG, held_out, smoothed
-from ternlm.report.size import packed_bytes
 from ternlm.report.tail import number
 from ternlm.report.wording import NOTHING, count, decimal, listed, setting, short, significant, size
 
@@ -35,8 +34,8 @@ def _sentences(runs: Sequence[Run]) -> list[Paragraph]:
     found = []
     pending = [f"{run['name']} ({run['status']['state']})" for run in runs if run["status"]["state"] != "finished"]
     if pending:
-        verb = "is" if len(pending) == 1 else "are"
-        found.append(Paragraph(f"Not finished {verb} {listed(pending)}; its numbers are not final.", "warning"))
+        verb, whose = ("is", "its") if len(pending) == 1 else ("are", "their")
+        found.append(Paragraph(f"Not finished {verb} {listed(pending)}; {whose} numbers are not final.", "warning"))
     scored = [(number(row.get("val/bpb")), run) for run in runs if (row := best_evaluation(run)) is not None]
     bits = [(value, run) for value, run in scored if value is not None]
     texts = {setting(row.get("eval_id")) for run in runs for row in run["evaluations"][-1:]}
@@ -49,7 +48,7 @@ def _sentences(runs: Sequence[Run]) -> list[Paragraph]:
     elif len(bits) > 1 and len(bits) == len(runs):
         low, high = (choose(bits, key=lambda pair: pair[0]) for choose in (min, max))
         found.append(Paragraph(
-            f"The fewest bits per byte on held-out text has {low[1]['name']}: {decimal(low[0])}, against "
+            f"{low[1]['name']} has the fewest bits per byte on held-out text: {decimal(low[0])}, against "
             f"{decimal(high[0])} of {high[1]['name']}. Whether a small difference is more than chance is what "
             "'ternlm compare' tells, with an interval."
         ))  # fmt: skip
@@ -63,7 +62,7 @@ def _results(runs: Sequence[Run]) -> Table:
     rows = []
     for run in runs:
         row, status = best_evaluation(run) or {}, run["status"]
-        packed = packed_bytes(run["parameters"])
+        packed = run["parameters"]["packed_bytes"]
         rows.append((
             run["name"], status["state"], f"{count(status['step'])} / {count(status['max_steps'])}",
             short(status["tokens_seen"]), decimal(row.get("val/loss")), decimal(row.get("val/bpb")),

@@ -9,7 +9,6 @@ from ternlm.report.sections_machine import middle
 from ternlm.report.sections_origin import verdicts_in_words
 from ternlm.report.sections_ternary import last_zero_share
 from ternlm.report.sections_training import EVALUATIONS, LOG
-from ternlm.report.size import packed_bytes
 from ternlm.report.tail import mapping, number, string
 from ternlm.report.wording import count, decimal, duration, listed, percent, perplexity_name, short, size
 
@@ -26,7 +25,7 @@ _STATES: dict[str, Sentence] = {
     "diverged": ("The training diverged: the loss rose and did not come back, so the run was ended.", "bad"),
     "out_of_memory": ("The run ended because memory ran out.", "bad"),
     "failed": ("The run ended with an error.", "bad"),
-    "lost": ("The process of the run is gone and said nothing: it was killed, or the machine went down.", "bad"),
+    "lost": ("The process of the run is gone: it was killed, or the machine went down.", "bad"),
     "unknown": ("The run has no status file that can be read; what follows is from its other files.", "warning"),
     "damaged": ("The folder lacks the settings of the run; what follows is from what is left of it.", "bad"),
     "missing": ("The folder of the run does not exist.", "bad"),
@@ -80,7 +79,7 @@ def _size_number(run: Run) -> Number | None:
     if counts["total"] is None:
         return None
     source, half = counts["source"], 2 * counts["total"]
-    packed = packed_bytes(counts)
+    packed = counts["packed_bytes"]
     if packed is None or not counts["ternary"]:
         return Number("parameters", short(counts["total"]), f"{size(half)} in bfloat16", source)
     share = percent(counts["ternary"] / counts["total"])

@@ -42,8 +42,10 @@ def ternary_section(run: Run) -> Section | None:
         blocks.append(Chart("Codes of all matrices", f"{alt}.", partial(lines, shares, "step", "share"), SOURCE))
     flips = _points(steps, whole_run["flip_rate"])
     if flips:
-        alt = f"{percent(flips[0][1], 2)} of the codes had changed at step {flips[0][0]}, {percent(flips[-1][1], 2)} "
-        alt += f"at step {flips[-1][0]}, each time since the measurement before."
+        alt = f"{percent(flips[0][1], 2)} of the codes had changed at step {flips[0][0]}"
+        if len(flips) > 1:
+            alt += f", {percent(flips[-1][1], 2)} at step {flips[-1][0]}"
+        alt += f"{', each time' if len(flips) > 1 else ''} since the measurement before."
         draw = partial(lines, [Series("", flips, "dots")], "step", "share changed")
         blocks.append(Chart("Codes that change", alt, draw, SOURCE))
     blocks += [chart for key, title, label in _MAPS if (chart := _map(found, key, title, label)) is not None]
@@ -65,7 +67,9 @@ def _absent(run: Run) -> str | None:
 def _sentences(found: Mapping[str, Any]) -> list[str]:
     steps, count = found["steps"], found["matrix_count"]
     shown = len(found["matrices"])
-    said = f"{count} matrices were measured, from step {steps[0]} to {steps[-1]}; {len(steps)} measurements are shown."
+    said = f"{count} {'matrix was' if count == 1 else 'matrices were'} measured "
+    once = f"once, at step {steps[0]}."
+    said += once if len(steps) == 1 else f"from step {steps[0]} to {steps[-1]}; {len(steps)} measurements are shown."
     if shown < count:
         said += f" The maps show {shown} of them."
     scales = [value for row in found["values"]["scale"] if (value := _last(row)) is not None]

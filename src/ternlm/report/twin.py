@@ -152,7 +152,10 @@ def _headline(found: Mapping[str, Any]) -> list[Block]:
     blocks: list[Block] = [Numbers(numbers[-3:] if len(numbers) > 3 else numbers)] if numbers else []
     blocks.append(Paragraph(" ".join(headline(found))))
     blocks.append(
-        Paragraph("A gap is the loss of the ternary model less that of its twin: the same network in full precision.")
+        Paragraph(
+            "A gap is the loss of the ternary model less that of its twin, the same network in full precision: above 0 "
+            "the ternary model is worse, below 0 it is better."
+        )
     )
     return blocks
 
@@ -180,7 +183,15 @@ def _curves(found: Mapping[str, Any]) -> list[Block]:
         f"{NAMES[arm]} ends at {curves[arm]['val/loss'][-1][1]:.4f}" for arm in ARMS if curves[arm].get("val/loss")
     ]  # fmt: skip
     alt = f"Validation loss over optimizer steps: {', '.join(ends) or 'not evaluated yet'}."
-    return [Chart("Loss while training", alt, lambda: _draw_curves(curves), "ternary/, full/: metrics and eval", True)]
+    return [
+        Chart(
+            "Loss: held out (dots) and while training (thin)",
+            alt,
+            lambda: _draw_curves(curves),
+            "ternary/, full/: metrics and eval",
+            True,
+        )
+    ]
 
 
 def _costs(found: Mapping[str, Any]) -> list[Block]:
@@ -320,7 +331,8 @@ def _tenth(value: float) -> str:
 
 
 def _megabytes(value: float) -> str:
-    return f"{value:,.0f} MB"
+    """Of MiB, which is what is measured; sizes of files are in 10^6 bytes."""
+    return f"{value:,.0f} MiB"
 
 
 def _size(value: float) -> str:

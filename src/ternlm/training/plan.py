@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from ternlm.checkpoint import packed_bytes
 from ternlm.models import LanguageModel, build_model
 from ternlm.nn.linear import BitLinear
-from ternlm.ops.packing import BLOCK
 from ternlm.run_directory import runs_root
 from ternlm.training.distillation import teacher_bytes
 from ternlm.training.schedule import Schedule
@@ -134,18 +134,6 @@ def _stages(schedule: Schedule) -> list[tuple[int, int, str]]:
     starts = [0, *schedule.boundaries()] if schedule.quantization is not None else []
     ends = [*starts[1:], schedule.total_steps]
     return [(first, end - 1, str(schedule.stage_name(first))) for first, end in zip(starts, ends, strict=False)]
-
-
-def packed_bytes(model: LanguageModel) -> int:
-    """Size of the exported model: codes at 2 bits, or at as many as integer weights have, scales in float32, everything
-    else in bfloat16."""
-    packed = scales = 0
-    for layer in model.bit_linears().values():
-        rows, bits = sum(layer.sizes), layer.mode.weight_bits
-        packed += rows * (64 * -(-layer.in_features // BLOCK) if bits is None else layer.in_features * bits // 8)
-        scales += 4 * (len(layer.sizes) if bits is None and layer.mode.granularity == "tensor" else rows)
-    counts = model.parameter_counts()
-    return packed + scales + 2 * (counts.embedding + counts.other)
 
 
 def activation_bytes(model: LanguageModel, settings: RunSettings, rows: int) -> int:

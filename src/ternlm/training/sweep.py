@@ -147,9 +147,7 @@ class SweepSettings(Settings):
     @field_validator("seeds")
     @classmethod
     def _seeds_differ(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(value)) < len(value) or any(seed < 0 for seed in value):
-            raise ValueError("seeds are whole numbers from 0 on, each given once")
-        return value
+        return different_seeds(value)
 
     @model_validator(mode="after")
     def _varies_something(self) -> Self:
@@ -223,6 +221,17 @@ def flattened(values: Mapping[str, Any], names: Names) -> dict[str, Any]:
     """
     sections = resolve([Layer("sweep", values)], names).values
     return {f"{section}.{field}": value for section, fields in sections.items() for field, value in fields.items()}
+
+
+def different_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    """Seeds as they are.
+
+    Raises:
+        ValueError: One is negative, or given twice.
+    """
+    if len(set(seeds)) < len(seeds) or any(seed < 0 for seed in seeds):
+        raise ValueError("seeds are whole numbers from 0 on, each given once")
+    return seeds
 
 
 def base_arm(arms: list[str]) -> str:

@@ -301,7 +301,9 @@ class Trainer:
         policy, root, step = self.settings.anomaly, self.run_directory.checkpoints, self.progress.step
         opened = self.saves.before(step - policy.roll_back_steps)
         if opened is None:
-            raise Diverged(f"there is no checkpoint to go back to at step {step}. {LOWER_RATE}")
+            raise Diverged(
+                f"there is no checkpoint to go back to at step {step}. Start anew with a lower optimizer.learning_rate."
+            )
         passed_over = policy.skip_batches * self.settings.training.batch_size
         saved_at = Progress.from_state(opened.state, opened.path)
         entry = {"from_step": step, "to_step": saved_at.step, "samples_from": saved_at.samples,

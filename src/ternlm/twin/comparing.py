@@ -214,10 +214,11 @@ def _mean(results: Sequence[Mapping[str, Any] | None]) -> dict[str, Any] | None:
 def _gap(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict[str, Any]:
     """The gap of the mean over pairs of scores, with intervals over documents.
 
-    There is none where the arms did not score the same targets, nor in bits per byte where a text has unknown tokens.
+    There is none where the arms, or the seeds, did not score the same targets, nor in bits per byte where a text has
+    unknown tokens.
     """
     nothing = dict.fromkeys(("gap_nats", "gap_nats_ci95", "gap_bpb", "gap_bpb_ci95"))
-    if not pairs or not all(_is_same_text(*pair) for pair in pairs):
+    if not pairs or not all(_is_same_text(pairs[0][0], side) for pair in pairs for side in pair):
         return nothing
     results = [(ternary["result"], full["result"]) for ternary, full in pairs]
     found: dict[str, Any] = nothing | {"gap_nats": fmean(one["loss"] - other["loss"] for one, other in results)}
@@ -231,10 +232,9 @@ def _gap(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]) -> dict[s
     return found
 
 
-def _is_same_text(ternary: Mapping[str, Any], full: Mapping[str, Any]) -> bool:
-    one, other = ternary["result"], full["result"]
+def _is_same_text(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     same = ("eval_id", "n_targets", "protocol", "sequence_length", "mask_id")
-    return all(one.get(name) == other.get(name) for name in same)
+    return all(one["result"].get(name) == other["result"].get(name) for name in same)
 
 
 def _nats(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], name: str) -> np.ndarray:

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 
 from ternlm.errors import SettingsError
 from ternlm.settings import Count, Float, Settings
-from ternlm.training.sweep import SEED, Trial, shown_value
+from ternlm.training.sweep import SEED, Trial, different_seeds, shown_value
 
 ArmName = Literal["ternary", "full"]
 ARMS: tuple[ArmName, ArmName] = ("ternary", "full")
@@ -81,17 +81,14 @@ class TwinSettings(Settings):
     def _long_enough(cls, value: float) -> float:
         if not 0.2 <= value <= 1:
             raise ValueError(
-                f"a share of {value:g} is refused: points of a sweep run for 0.2 to 1 of the budget, since less does "
-                "not rank learning rates"
+                "points of a sweep run for 0.2 to 1 of the budget, since less does not rank learning rates"
             )
         return value
 
     @field_validator("seeds")
     @classmethod
     def _seeds_differ(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(value)) < len(value) or any(seed < 0 for seed in value):
-            raise ValueError("seeds are whole numbers from 0 on, each given once")
-        return value
+        return different_seeds(value)
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

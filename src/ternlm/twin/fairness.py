@@ -63,13 +63,17 @@ def _unequal(found: Mapping[str, Any]) -> list[tuple[str, str]]:
             if run["state"] != "finished":
                 reason = f": {run['error']}" if run["error"] else "."
                 state = run["state"].replace("_", " ")
-                notes.append(("bad", f"Run {run['id']} of the {values['name']} arm is {state}{reason}"))
+                notes.append(("bad", f"Run {run['id']} of the {values['name']} arm did not finish ({state}){reason}"))
     pairs = list(zip(runs["ternary"], runs["full"], strict=False))
-    for name, words in (("tokens", "numbers of tokens"), ("data_fingerprint", "data"), ("seed", "seeds")):
-        unlike = any(one[name] != other[name] for one, other in pairs if one["state"] == other["state"] == "finished")
-        if unlike:
+    is_known = True
+    for name, words in (
+        ("tokens", "numbers of tokens"), ("steps", "numbers of steps"), ("data_fingerprint", "data"), ("seed", "seeds")
+    ):  # fmt: skip
+        values = [(one[name], other[name]) for one, other in pairs if one["state"] == other["state"] == "finished"]
+        if any(one != other for one, other in values):
             notes.append(("bad", f"The arms were trained on different {words}, which makes the gap unusable."))
-    if pairs and not notes:
+        is_known = is_known and not any(None in pair for pair in values)
+    if pairs and not notes and is_known:
         notes.append(("good", "Both arms read the same tokens in the same order, with the same batches and seeds."))
     return notes
 

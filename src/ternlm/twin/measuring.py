@@ -24,7 +24,6 @@ from ternlm.models import QuantizationMode
 from ternlm.models.stages import QuantizationSettings
 from ternlm.run_directory import RunDirectory
 from ternlm.tokenizers import TokenizerSettings
-from ternlm.training.plan import packed_bytes
 from ternlm.twin.definition import VALIDATION, Text
 from ternlm.twin.record import TwinDirectory
 from ternlm.twin.texts import split_of, text_settings
@@ -73,7 +72,7 @@ class Measurer:
             "tokenizer_fingerprint": loaded.tokenizer.fingerprint,
             "parameters": {"total": counts.total, **counts._asdict()},
             "bytes": {
-                "packed": packed_bytes(loaded.model) if is_rounded else None,
+                "packed": checkpoint.packed_bytes(loaded.model) if is_rounded else None,
                 "bf16": 2 * counts.total,
                 "fp32": 4 * counts.total,
             },
