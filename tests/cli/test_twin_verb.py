@@ -83,6 +83,15 @@ def test_the_training_text_is_no_held_out_text(ternlm, recipe: Path, texts: Path
     assert not list((tmp_path / "runs").glob("*/*/meta"))
 
 
+def test_a_masked_objective_without_a_mask_token_is_refused_before_anything_is_trained(ternlm, tmp_path: Path) -> None:
+    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(TRAIN))
+    words = ("--data", "stories.txt", "--steps", "3", "tokenizer.name=byte", "model.vocab_size=null", *QUICK)
+    outcome = ternlm("twin", "qdyt-4m", *words)
+    assert outcome.code == 2, outcome
+    assert "mask" in outcome.err
+    assert not list((tmp_path / "runs").glob("*/*/meta"))
+
+
 def test_a_dry_run_shows_the_runs_and_the_sum_of_their_plans(ternlm, recipe: Path, tmp_path: Path) -> None:
     words = ("twin", recipe, "--steps", 20, "--learning-rates", "1e-3,4e-3", "--seeds", "3,4", "--dry-run")
     listed = json.loads(ternlm(*words, "--json").out)

@@ -141,7 +141,8 @@ def _print(record: dict[str, Any]) -> None:
     ]
     if record.get("ppl_word") is not None:
         counted = "words" if record["words"] == "whitespace" else "words as lm-eval counts them"
-        rows.append(("", f"{record['ppl_word']:.3f}", f"per word, {record['n_words']:,} {counted}"))
+        decimals = 3 if record["ppl_word"] < 1e3 else 0
+        rows.append(("", f"{record['ppl_word']:,.{decimals}f}", f"per word, {record['n_words']:,} {counted}"))
     among = f"top-5 {record['top5_accuracy']:.2%}, top-10 {record['top10_accuracy']:.2%}"
     rows.append(("accuracy", f"{record['accuracy']:.2%}", among))
     rows += _masked_rows(record) if is_masked else []
@@ -150,7 +151,8 @@ def _print(record: dict[str, Any]) -> None:
         rows.append(("targets", f"{record['n_targets']:,}", f"hidden tokens, split {record['split']}"))
         rows.append(("speed", f"{record['tokens_per_sec']:,.0f}", f"tokens/s {computed}"))
     else:
-        texts = f"bytes in {record['documents']:,} documents, {record['n_targets']:,} targets, split {record['split']}"
+        documents = f"{record['documents']:,} document{'s' * (record['documents'] != 1)}"
+        texts = f"bytes in {documents}, {record['n_targets']:,} targets, split {record['split']}"
         rows.append(("text", "-" if record["n_bytes"] is None else f"{record['n_bytes']:,}", texts))
         speed = record["bytes_per_sec"]
         rows.append(("speed", "-" if speed is None else f"{speed:,.0f}", f"bytes/s {computed}"))

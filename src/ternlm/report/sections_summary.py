@@ -119,6 +119,11 @@ def _state(run: Run) -> list[Sentence]:
     return [(text, kind)]
 
 
+def _epochs(passes: float) -> str:
+    shown = f"{passes:.3g}"
+    return f"{shown} epoch{'s' * (shown != '1')}"
+
+
 def _what(run: Run) -> list[Sentence]:
     family, source = _of(run, "model.family"), string(run["data"].get("source")) or _of(run, "data.source")
     counts, status = run["parameters"], run["status"]
@@ -134,7 +139,7 @@ def _what(run: Run) -> list[Sentence]:
     epochs = run["curves"].get("train/epoch", [])
     trained = [f"{count(status['step'])} steps" if status["step"] else "",
                f"{short(status['tokens_seen'])} tokens" if status["tokens_seen"] else "",
-               f"{epochs[-1][1]:.3g} epochs" if epochs else ""]  # fmt: skip
+               _epochs(epochs[-1][1]) if epochs else ""]  # fmt: skip
     known = [part for part in trained if part]
     said += f", trained for {listed(known)}" if known else ", not trained yet"
     return [(f"{said}{f' on {source}' if source is not None and known else ''}.", "plain")]

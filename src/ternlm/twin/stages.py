@@ -185,6 +185,7 @@ def _prepare(record: TwinRecord, settings: "dict[str, RunSettings]", hooks: Hook
     for name, each in [*both.items(), *settings.items()]:
         with naming(Trial(name, name, None, {})):
             with_vocab_size(each, prepared)
+            each.windows(prepared.tokenizer)  # a masked objective needs a mask token
     assert isinstance(prepared.corpus, Corpus)
     require_held_out(texts, own.data, prepared.corpus.split("train"))
 
