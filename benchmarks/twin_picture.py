@@ -43,6 +43,7 @@ def draw(folder: Path, found: dict[str, Any]) -> Figure:
                         color=ink(color), fontsize=TEXT)  # fmt: skip
     curves.set(xlabel="epochs", ylabel="loss on validation text, nats per token")
     curves.margins(x=0.02)
+    curves.set_xticks(range(1, 1 + max(1, round(rows[-1][0]))))
     curves.set_xlim(right=1.42 * curves.get_xlim()[1])
     texts = [text for text in found["texts"] if text["gap_nats"] is not None]
     for place, text in enumerate(texts):
