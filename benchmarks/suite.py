@@ -3,8 +3,8 @@
     python benchmarks/suite.py [NAME ...]
 
 The limits add up to an hour. Each benchmark writes its own dated result as it does alone; beside these, one line per
-benchmark is appended to results/history.jsonl: date, commit, machine, seconds, exit code, and every ratio of its
-result, so that a change over months can be drawn without reading old files. Exits with 1 if a benchmark failed.
+benchmark is appended to results/history.jsonl: date, commit, machine, seconds, exit code, and every ratio and gap
+of its result, so that a change over months can be drawn without reading old files. Exits with 1 if a benchmark failed.
 """
 
 import json
@@ -24,6 +24,7 @@ from training_step import machine
 HERE = Path(__file__).parent
 HISTORY = HERE / "results" / "history.jsonl"
 THREADS = 1
+SETTINGS = ("optimizer", "schedule", "settings", "same", "differs")
 
 
 class Benchmark(NamedTuple):
@@ -116,15 +117,19 @@ def commit() -> str | None:
 
 
 def ratios(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Every number under a key that speaks of a ratio, by a path in words: ``95m eager time_ratio ternary``."""
+    """Every number under a key that speaks of a ratio or a gap, by a path in words: ``95m eager time_ratio ternary``.
+
+    Settings of learning rates have such names as well, and are passed over.
+    """
     if isinstance(value, list):
         for number, item in enumerate(value):
             named = isinstance(item, dict) and [str(item[key]) for key in ("model", "name", "mode") if key in item]
             yield from ratios(item, f"{path} {' '.join(named or [str(number)])}".strip())
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from ratios(item, f"{path} {key}".strip())
-    elif isinstance(value, int | float) and "ratio" in path and "quartile" not in path:
+            if key not in SETTINGS:
+                yield from ratios(item, f"{path} {key}".strip())
+    elif isinstance(value, int | float) and ("ratio" in path or "gap" in path) and "quartile" not in path:
         yield path, round(value, 4)
 
 

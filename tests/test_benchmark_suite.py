@@ -36,10 +36,13 @@ def test_ratios_are_found_wherever_a_result_has_them() -> None:
             {"model": "95m", "mode": "eager", "time_ratio": {"ternary": 1.07123}, "time_ratio_quartiles": [1, 2]}
         ],
         "alternating": {"cpu": {"ratio_of_sums": 0.96}, "ms": 3.0},
+        "texts": [{"name": "novel", "gap_nats": 0.14}],
+        "arms": {"full": {"schedule": {"min_lr_ratio": 0.1}}},
     }
     assert dict(suite.ratios(result)) == {
         "results 95m eager time_ratio ternary": 1.0712,
         "alternating cpu ratio_of_sums": 0.96,
+        "texts novel gap_nats": 0.14,
     }
 
 

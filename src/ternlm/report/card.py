@@ -203,7 +203,8 @@ def _limits(run: Mapping[str, Any], export: Mapping[str, Any]) -> list[Block]:
         found.append(f"It is the model at step {step:,} of {last:,}.")
     anomalies = whole(mapping(status.get("anomalies")).get("count"))
     if anomalies:
-        found.append(f"{anomalies} anomalies were noticed while it was trained.")
+        were = "anomaly was" if anomalies == 1 else "anomalies were"
+        found.append(f"{anomalies} {were} noticed while it was trained.")
     found.append(
         "What it says may be false. Bias and harm were not measured, and the training text was not filtered for them."
     )
