@@ -54,7 +54,7 @@ SUITE = (
     Benchmark("instrumentation", ("instrumentation.py", "--steps", "300"),
               "results/instrumentation-bitnet-1m-{date}.json", 8),
     Benchmark("peers", ("ternlm", "benchmark", "bitnet-10m", "bitnet-10m:full", "--peers", "all", "--output",
-                        "results/benchmark-{date}"), "results/benchmark-{date}/benchmark.json", 12),
+                        "results/peers-{date}"), "results/peers-{date}/benchmark.json", 12),
     Benchmark("twin", ("ternlm", "twin", "bitnet-1m", "--steps", "300", "--runs-dir", "results/runs", "--run-id",
                        "twin-{date}"), "results/runs/twin-{date}/comparison.json", 15),
 )  # fmt: skip
