@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ternlm.cli.options import Json, RunsDir, flag_values, prepare_with_bar, print_json
+from ternlm.cli.output import show_costs, wide_console
 from ternlm.errors import SettingsError, TernlmError
 
 if TYPE_CHECKING:
@@ -162,7 +163,6 @@ def _prepare(record: "SweepRecord", settings: "dict[str, RunSettings]", left: "l
 
 def _show(folder: "SweepDirectory", record: "SweepRecord", as_json: bool, is_quiet: bool = False) -> None:
     """Read the runs, replace the summary's files, and print the table."""
-    from rich.console import Console
 
     from ternlm.report.sweep import read_summary
     from ternlm.report.sweep_picture import draw_summary
@@ -178,9 +178,7 @@ def _show(folder: "SweepDirectory", record: "SweepRecord", as_json: bool, is_qui
     if as_json:
         print_json(found.as_dict())
     elif not is_quiet:
-        console = Console(highlight=False)
-        if not console.is_terminal:
-            console = Console(highlight=False, width=max(console.width, 120))
+        console = wide_console(120)
         console.print()
         console.print(as_table(found, console.options.ascii_only))
         for line in [*notes(found), *([f"picture: {folder.summary('png')}"] if has_picture else [])]:
@@ -189,12 +187,10 @@ def _show(folder: "SweepDirectory", record: "SweepRecord", as_json: bool, is_qui
 
 def _show_plan(record: "SweepRecord", settings: "dict[str, RunSettings]", as_json: bool) -> None:
     """Every trial with what it changes and what it costs, and the sum."""
-    from rich.console import Console
     from rich.table import Table
 
     from ternlm.cli.plan import plan_of
     from ternlm.cli.sweep_words import naming
-    from ternlm.report.screen import size_text
     from ternlm.tracking.console import short_count
     from ternlm.training.sweep import shown_value
 
@@ -217,14 +213,7 @@ def _show_plan(record: "SweepRecord", settings: "dict[str, RunSettings]", as_jso
         changes = ", ".join(f"{key}={shown_value(value)}" for key, value in trial.overrides().items())
         figures = (f"{made.parameters:,}", f"{made.steps:,}", short_count(made.tokens), f"{made.flops:.2e}")
         table.add_row(trial.id, changes, *figures)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=max(console.width, 120))
-    console.print(table)
-    typer.echo(
-        f"\n{len(plans)} trials from {record.recipe}: {short_count(total['tokens'])} tokens, "
-        f"{total['flops']:.2e} floating-point operations, {size_text(total['disk_bytes'])} of checkpoints"
-    )
+    show_costs(table, f"{len(plans)} trials", record.recipe, total)
 
 
 def _refuse_unfinished(folder: "SweepDirectory", record: "SweepRecord") -> None:

@@ -13,6 +13,7 @@ from ternlm.cli.options import (
     print_json,
     split_recipe,
 )
+from ternlm.cli.output import show_costs, wide_console
 from ternlm.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -201,13 +202,10 @@ def _texts(words: list[str] | None) -> list[Any]:
 
 
 def _show(found: dict[str, Any]) -> None:
-    from rich.console import Console
 
     from ternlm.report.twin import comparison_table, cost_table, headline
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=max(console.width, 170))
+    console = wide_console(170)
     ascii_only = console.options.ascii_only
     console.print()
     console.print(comparison_table(found, ascii_only))
@@ -220,11 +218,9 @@ def _show(found: dict[str, Any]) -> None:
 
 def _show_plan(record: "TwinRecord", as_json: bool) -> None:
     """Every run with what it changes and what it costs, and the sum."""
-    from rich.console import Console
     from rich.table import Table
 
     from ternlm.cli.plan import plan_of
-    from ternlm.report.screen import size_text
     from ternlm.tracking.console import short_count
     from ternlm.training.launch import settings_from
     from ternlm.twin.arms import naming, resolve_trial
@@ -249,14 +245,7 @@ def _show_plan(record: "TwinRecord", as_json: bool) -> None:
     if as_json:
         print_json({"runs": listed, "total": total})
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=max(console.width, 120))
-    console.print(table)
-    typer.echo(
-        f"\n{len(listed)} runs from {record.recipe}: {short_count(total['tokens'])} tokens, "
-        f"{total['flops']:.2e} floating-point operations, {size_text(int(total['disk_bytes']))} of checkpoints"
-    )
+    show_costs(table, f"{len(listed)} runs", record.recipe, total)
 
 
 def _waits(record: "TwinRecord", trial: "Trial") -> bool:
