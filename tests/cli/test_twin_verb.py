@@ -249,3 +249,14 @@ def test_what_is_missing_is_one_sentence(ternlm, words: list[str], code: int, me
     outcome = ternlm("twin", *words)
     assert outcome.code == code, outcome
     assert message in outcome.err
+
+
+def test_epochs_of_a_tokenizer_trained_here_can_be_planned_once_it_is_prepared(ternlm, tmp_path: Path) -> None:
+    (tmp_path / "stories.txt").write_text("\n<|endoftext|>\n".join(TRAIN * 9))
+    words = ("bitnet-10m", "--data", "stories.txt", "--epochs", "3", "--dry-run", "tokenizer.vocab_size=270")
+    assert "needs the prepared data" in ternlm("twin", *words, "data.sequence_length=16").err
+    prepared = ternlm("data", "prepare", "stories.txt", "--tokenizer", "train", "--vocab-size", "270")
+    assert prepared.code == 0, prepared
+    outcome = ternlm("twin", *words, "data.sequence_length=16")
+    assert outcome.code == 0, outcome
+    assert "2 runs from bitnet-10m" in outcome.out

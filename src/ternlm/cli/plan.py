@@ -65,11 +65,15 @@ def plan_of(settings: "RunSettings") -> "Plan":
 def with_prepared(settings: "RunSettings") -> tuple["RunSettings", int | None]:
     """Vocabulary and epoch length, without preparing anything that is not there yet."""
     from ternlm.data import default_directory, load_corpus
+    from ternlm.data.preparation import trained_directory
     from ternlm.data.sampler import windows_per_epoch
     from ternlm.errors import TernlmError
     from ternlm.tokenizers import load_tokenizer
 
     name, size, windows = settings.tokenizer.name, settings.model.vocab_size, None
+    if name == "train" and not settings.data.stream:
+        kept = trained_directory(settings.data, settings.tokenizer)
+        name = str(kept) if (kept / "tokenizer.json").exists() else name
     if name == "train":
         size = size or settings.tokenizer.vocab_size
     else:

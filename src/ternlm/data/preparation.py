@@ -69,12 +69,17 @@ def prepare_data(
     return Prepared(corpus, loaded)
 
 
-def _trained(data: DataSettings, settings: TokenizerSettings, patience: Patience) -> Tokenizer:
-    """A byte-level BPE of the training documents, kept in the cache under a hash of what it was made from."""
+def trained_directory(data: DataSettings, settings: TokenizerSettings) -> Path:
+    """Where the tokenizer that is trained on a corpus is kept: in the cache, under a hash of what it is made from."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ternlm" / "tokenizers"
     vocab_size, marked = settings.vocab_size, "|mask" if settings.mask_token else ""
     key = hashlib.sha256(f"{source_identity(data)}|{vocab_size}{marked}".encode()).hexdigest()[:16]
-    directory = cache / f"bpe-{vocab_size}-{key}"
+    return cache / f"bpe-{vocab_size}-{key}"
+
+
+def _trained(data: DataSettings, settings: TokenizerSettings, patience: Patience) -> Tokenizer:
+    """A byte-level BPE of the training documents, trained once."""
+    directory, vocab_size = trained_directory(data, settings), settings.vocab_size
     if (directory / "tokenizer.json").exists():
         return load_tokenizer(directory)
     patience.say(f"training a BPE tokenizer of {vocab_size:,} ids on '{data.source}'")
@@ -86,7 +91,9 @@ def _trained(data: DataSettings, settings: TokenizerSettings, patience: Patience
         if not directory.exists():
             unfinished.rename(directory)
     except OSError as error:
-        raise DataError(f"the tokenizer cannot be kept in {cache}: {error.strerror}. Set XDG_CACHE_HOME.") from None
+        raise DataError(
+            f"the tokenizer cannot be kept in {directory.parent}: {error.strerror}. Set XDG_CACHE_HOME."
+        ) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return load_tokenizer(directory)
